@@ -1,0 +1,1 @@
+"""Bilevel optimization in PyTorch without learning rates."""

@@ -1,0 +1,115 @@
+"""Batches without end from a re-iterable, with a position that survives a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Cycle:
+    """The batches of ``data`` again and again; a new pass calls ``iter(data)`` anew.
+
+    The position is the number of batches of the present pass and the generators at its start, so
+    that a shuffling DataLoader goes on with the same order. Data that has ``state_dict`` and
+    ``load_state_dict`` (a stateful loader) keeps its own position.
+
+    Raises:
+        TypeError: the data cannot be iterated over, or only once.
+        ValueError: it is empty.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise TypeError(
+                f"{name} is {data!r} ({type(data).__name__}), which cannot be iterated over; "
+                f"pass a DataLoader or a list of batches."
+            )
+        if isinstance(data, Tensor | dict | str):
+            raise TypeError(
+                f"{name} is a {type(data).__name__}, which is one batch rather than a series of "
+                f"batches; pass [batch], or a DataLoader."
+            )
+        if isinstance(data, Iterator):
+            raise TypeError(
+                f"{name} is a {type(data).__name__}, which can be iterated over only once, but is "
+                f"needed again and again; pass a DataLoader, or list({name})."
+            )
+        self.data, self.name = data, name
+        self._iterator: Iterator[Any] | None = None
+        self._position = 0
+        self._start: dict[str, Tensor] = {}
+        self._single = data[0] if isinstance(data, list | tuple) and len(data) == 1 else None
+
+    def next(self) -> Any:
+        if self._single is not None:
+            return self._single
+        if self._iterator is None:
+            self._begin()
+        assert self._iterator is not None
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._position == 0:
+                raise ValueError(
+                    f"{self.name} is empty: iterating over it gave no batch; pass at least one "
+                    f"(with a DataLoader, see drop_last and the length of its dataset)."
+                ) from None
+            self._begin()
+            return self.next()
+        self._position += 1
+        return batch
+
+    def take(self, count: int) -> list[Any]:
+        return [self.next() for _ in range(count)]
+
+    def _begin(self) -> None:
+        self._start = self._generators()
+        self._iterator = iter(self.data)
+        self._position = 0
+
+    def _own(self) -> list[torch.Generator]:
+        """Generators that the data itself carries: a DataLoader's and its sampler's."""
+        holders = (self.data, getattr(self.data, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
+
+    def _generators(self) -> dict[str, Tensor]:
+        own = {str(i): g.get_state() for i, g in enumerate(self._own())}
+        return {"global": torch.get_rng_state(), **own}
+
+    def _restore(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["global"])
+        for i, generator in enumerate(self._own()):
+            generator.set_state(states[str(i)])
+
+    def state_dict(self) -> dict[str, Any]:
+        if hasattr(self.data, "load_state_dict"):
+            return {"data": self.data.state_dict(), "position": self._position}
+        return {"position": self._position, "start": self._start, "now": self._generators()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the global generator is left as it is."""
+        if "data" in state:
+            self.data.load_state_dict(state["data"])
+            self._iterator, self._position = iter(self.data), state["position"]
+            return
+        if not state["start"]:
+            return
+        present = torch.get_rng_state()
+        self._restore(state["start"])
+        self._begin()
+        self._start = state["start"]
+        assert self._iterator is not None
+        for _ in islice(self._iterator, state["position"]):
+            self._position += 1
+        if self._position != state["position"]:
+            raise ValueError(
+                f"{self.name} ended after {self._position} batches, but the checkpoint was written "
+                f"after {state['position']}; resume with the data of the interrupted run."
+            )
+        self._restore(state["now"])
+        torch.set_rng_state(present)

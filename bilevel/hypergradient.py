@@ -1,0 +1,285 @@
+"""Estimates of  dF/dx = f_x - g_xy [g_yy]^{-1} f_y,  F(x) = f(x, y*(x)).
+
+Each method estimates the hypergradient and knows the *response* that it differentiates: how y
+follows when x moves along a direction. A line search on that very response has the slope that the
+hypergradient predicts, so that it cannot fail for want of a descent direction:
+
+* implicit: y(t) = y + t w with  g_yy w = -g_yx d,  the tangent of y*, as far as it can be trusted;
+* unrolled: y(t) = the end of the same inner steps, taken at x + t d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel.linear import Neumann, Solver, _require_count, _require_step, curvature
+from bilevel.problem import Draw, Oracle, Pullback
+
+# along a direction d of x: the slope of f(x + t d, y(t)) at 0, and y(t), None where not to be had
+Follow = Callable[[float], "Tensor | None"]
+Response = Callable[[Tensor], tuple[Tensor, Follow]]
+
+
+class InnerStep(NamedTuple):
+    """One inner step y -> y - size g_y(x, y) on a draw; the graph where it was asked for."""
+
+    y: Tensor
+    draw: Draw
+    size: float | Tensor
+    graph: Pullback | None
+
+
+@dataclass
+class Estimate:
+    """A hypergradient on flat vectors.
+
+    Attributes:
+        grad: dF/dx.   value: f(x, y).   inner_value: g(x, y), None if not evaluated.
+        residual: ||g_yy q - f_y|| / ||f_y||, None where no linear system is solved.
+        q: solution of that system, to go on from.   respond: see :data:`Response`.
+    """
+
+    grad: Tensor
+    value: Tensor
+    inner_value: Tensor | None
+    residual: Tensor | None
+    q: Tensor | None
+    respond: Response
+
+
+class Hypergradient(Protocol):
+    """What a method needs of a hypergradient: its needs, and the estimate.
+
+    ``keep`` says what is to be kept of each inner step of the window: nothing, its start point,
+    or also its graph. ``batches``: independent inner batches wanted beside those of the steps.
+    """
+
+    @property
+    def keep(self) -> Literal["nothing", "points", "graphs"]: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def batches(self) -> int: ...
+
+    def estimate(
+        self,
+        oracle: Oracle,
+        x: Tensor,
+        y: Tensor,
+        outer: Draw,
+        inner: Sequence[Draw],
+        path: Sequence[InnerStep],
+        q0: Tensor | None,
+    ) -> Estimate: ...
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """f_x - g_xy q with g_yy q = f_y: the implicit function theorem at the point at hand.
+
+    Right where g_y = 0 and the system is solved; ``residual`` tells about the second.
+
+    Args:
+        solver: :class:`Neumann`, :class:`StochasticNeumann`, :class:`ConjugateGradient`,
+            :class:`Nystrom`, :class:`Identity`, or any ``solver(product, b, q0) -> q``.
+    """
+
+    solver: Solver = field(default_factory=Neumann)
+
+    keep: Literal["nothing"] = field(default="nothing", init=False, repr=False)
+    window: None = field(default=None, init=False, repr=False)
+
+    @property
+    def batches(self) -> int:
+        return getattr(self.solver, "batches", 1)
+
+    def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Any:
+        return oracle.record(x, y, draw)
+
+    def estimate(
+        self,
+        oracle: Oracle,
+        x: Tensor,
+        y: Tensor,
+        outer: Draw,
+        inner: Sequence[Draw],
+        path: Sequence[InnerStep],
+        q0: Tensor | None,
+    ) -> Estimate:
+        del path
+        value, fx, fy = oracle.outer_gradients(x, y, outer)
+        pull = self._pullback(oracle, x, y, inner[0])
+        others: dict[int, Any] = {}
+
+        def product(u: Tensor, j: int = 0) -> Tensor:
+            if j % len(inner) == 0:
+                return pull.product(u)
+            if j not in others:
+                others[j] = self._pullback(oracle, x, y, inner[j % len(inner)])
+            return others[j].product(u)
+
+        q = self.solver(product, fy, q0 if getattr(self.solver, "warm_start", False) else None)
+        gxy_q, gyy_q = pull.both(q)
+        norm = torch.linalg.vector_norm(fy)
+        error = torch.linalg.vector_norm(gyy_q - fy)
+        residual = torch.where(norm > 0, error / norm, error)
+
+        def respond(d: Tensor) -> tuple[Tensor, Follow]:
+            w = self.solver(product, -pull.forward(d), None)
+            drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
+
+            def follow(t: float) -> Tensor | None:
+                # going along the tangent must serve the inner loss better than staying: to first
+                # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it
+                xt, yt = x + t * d, y + t * w
+                moved = oracle.value("inner", xt, yt, inner[0])
+                stayed = oracle.value("inner", xt, y, inner[0]) + t * drift
+                rounding = 8 * torch.finfo(y.dtype).eps * stayed.abs()
+                return yt if bool(moved <= stayed + rounding) else None
+
+            return torch.dot(fx, d) + torch.dot(fy, w), follow
+
+        return Estimate(fx - gxy_q, value, pull.value, residual, q, respond)
+
+
+@dataclass(frozen=True)
+class FiniteDifference(Implicit):
+    """:class:`Implicit` without second derivatives: products are differences of gradients.
+
+    Two gradients a product, for losses that cannot be differentiated twice. The error is that of
+    a central difference: about eps^(2/3), so 1e-5 in float32.
+
+    Args:
+        solver: as for :class:`Implicit`.
+        eps: length of the displacement relative to 1 + ||y|| (or ||x||); None: the cube root of
+            the machine precision.
+    """
+
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.eps is not None and not 0 < self.eps < 1:
+            raise ValueError(
+                f"FiniteDifference(eps={self.eps!r}): the relative displacement must lie in "
+                f"(0, 1); leave it out to have the cube root of the machine precision."
+            )
+
+    def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Any:
+        eps = self.eps or torch.finfo(y.dtype).eps ** (1 / 3)
+        return _Differences(oracle, x, y, draw, eps)
+
+
+class _Differences:
+    """The products of :class:`Pullback` by central differences of g_x and g_y."""
+
+    def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw, eps: float) -> None:
+        self._oracle, self._x, self._y, self._draw, self._eps = oracle, x, y, draw, eps
+        self.value, self.gradient = oracle.inner_gradient(x, y, draw)
+
+    def _length(self, point: Tensor, u: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(u).clamp_min(torch.finfo(u.dtype).tiny)
+        return self._eps * (1 + torch.linalg.vector_norm(point)) / norm
+
+    def product(self, u: Tensor) -> Tensor:
+        h = self._length(self._y, u)
+        _, plus = self._oracle.inner_gradient(self._x, self._y + h * u, self._draw)
+        _, minus = self._oracle.inner_gradient(self._x, self._y - h * u, self._draw)
+        return (plus - minus) / (2 * h)
+
+    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        h = self._length(self._y, u)
+        _, px, py = self._oracle.inner_gradients(self._x, self._y + h * u, self._draw)
+        _, mx, my = self._oracle.inner_gradients(self._x, self._y - h * u, self._draw)
+        return (px - mx) / (2 * h), (py - my) / (2 * h)
+
+    def forward(self, d: Tensor) -> Tensor:
+        h = self._length(self._x, d)
+        _, plus = self._oracle.inner_gradient(self._x + h * d, self._y, self._draw)
+        _, minus = self._oracle.inner_gradient(self._x - h * d, self._y, self._draw)
+        return (plus - minus) / (2 * h)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Reverse mode through the last ``window`` inner steps, their sizes held fixed.
+
+    For inner problems that are not solved, or not convex. Inside a method it goes back through
+    the steps that the method took; alone (:func:`bilevel.hypergradient`) it takes ``window``
+    gradient steps of its own from y. From the solution, T steps of size s equal the Neumann
+    series of T terms with step s.
+
+    Args:
+        window: steps to go back through; None: all of them (10 when used alone).
+        recompute: keep only the points, and record each step anew on the way back: the memory of
+            one step at about 1.3 times the time.
+        step: size of the steps when used alone; 'auto' from the curvature at y.
+
+    Reference: Maclaurin et al. 2015; Shaban et al. 2019 for the window.
+    """
+
+    window: int | None = None
+    recompute: bool = False
+    step: float | Literal["auto"] = "auto"
+
+    batches: int = field(default=1, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            _require_count("Unrolled", "window", self.window)
+        _require_step("Unrolled", self.step)
+
+    @property
+    def keep(self) -> Literal["points", "graphs"]:
+        return "points" if self.recompute else "graphs"
+
+    def descend(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, list[InnerStep]]:
+        """``window`` gradient steps from y and their path, for use alone."""
+        size: float | Tensor
+        if isinstance(self.step, str):
+            pull = oracle.record(x, y, draw)
+            size = 1 / curvature(pull.product, pull.gradient + torch.ones_like(y))
+        else:
+            size = self.step
+        path = []
+        for _ in range(self.window or 10):
+            graph = None if self.recompute else oracle.record(x, y, draw)
+            gy = oracle.inner_gradient(x, y, draw)[1] if graph is None else graph.gradient
+            path.append(InnerStep(y, draw, size, graph))
+            y = y - size * gy
+        return y, path
+
+    def estimate(
+        self,
+        oracle: Oracle,
+        x: Tensor,
+        y: Tensor,
+        outer: Draw,
+        inner: Sequence[Draw],
+        path: Sequence[InnerStep],
+        q0: Tensor | None,
+    ) -> Estimate:
+        del inner, q0
+        value, grad, adjoint = oracle.outer_gradients(x, y, outer)
+        inner_value = None
+        for y_t, draw, size, graph in reversed(path):
+            graph = graph or oracle.record(x, y_t, draw)
+            inner_value = graph.value if inner_value is None else inner_value
+            gxy, gyy = graph.both(adjoint)
+            grad = grad - size * gxy
+            adjoint = adjoint - size * gyy
+
+        def respond(d: Tensor) -> tuple[Tensor, Follow]:
+            def replay(t: float) -> Tensor:
+                y_t = path[0].y
+                for _, draw, size, _ in path:
+                    y_t = y_t - size * oracle.inner_gradient(x + t * d, y_t, draw)[1]
+                return y_t
+
+            return torch.dot(grad, d), replay if path else lambda t: y
+
+        return Estimate(grad, value, inner_value, None, None, respond)

@@ -1,0 +1,98 @@
+"""The user's own way to y, under our hypergradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.problem import Draw, Oracle
+
+
+class OptimizerSolver:
+    """A torch optimizer that takes the inner steps; its state goes on from call to call."""
+
+    def __init__(self, factory: Callable[..., Any], oracle: Oracle) -> None:
+        layout = oracle.y
+        if layout.module is not None:
+            self.parameters = [p for p in layout.module.parameters() if p.requires_grad]
+        else:
+            zeros = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+            self.parameters = [nn.Parameter(part.clone()) for part in layout.parts(zeros)]
+        made = factory(self.parameters)
+        self.optimizer, self.scheduler = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"inner_solver returned {self.optimizer!r}; a function of one argument must make "
+                f"a torch.optim.Optimizer of the parameters it is given, or a pair of an "
+                f"optimizer and a scheduler. A solver of your own takes (x, y, batches)."
+            )
+
+    def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
+        for draw in draws:
+            _, gy = oracle.inner_gradient(x, y, draw)
+            with torch.no_grad():
+                values, gradients = oracle.y.parts(y), oracle.y.parts(gy)
+                for p, value, g in zip(self.parameters, values, gradients, strict=True):
+                    p.copy_(value)
+                    p.grad = g.clone()
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.optimizer.zero_grad()
+            y = _gather(self.parameters, oracle)
+        return y
+
+    def state_dict(self) -> dict[str, Any]:
+        schedule = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _gather(parameters: Sequence[Tensor], oracle: Oracle) -> Tensor:
+    return torch.cat([p.detach().to(oracle.y.dtype).reshape(-1) for p in parameters])
+
+
+def makes_optimizer(solver: Callable[..., Any]) -> bool:
+    """Whether ``solver`` is a factory of one argument, rather than a solver(x, y, batches)."""
+    if isinstance(solver, type) and issubclass(solver, torch.optim.Optimizer):
+        return True
+    if isinstance(getattr(solver, "func", None), type):  # functools.partial of a class
+        return issubclass(solver.func, torch.optim.Optimizer)  # type: ignore[attr-defined]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [
+        p
+        for p in inspect.signature(solver).parameters.values()
+        if p.kind in kinds and p.default is inspect.Parameter.empty
+    ]
+    return len(required) == 1
+
+
+def run_solver(
+    solver: Callable[..., Any],
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    draws: Sequence[Draw],
+    state: OptimizerSolver | dict[str, Any] | None,
+) -> tuple[Tensor, OptimizerSolver | None]:
+    """y after the user's solver, and its state; a dict is a state that was saved."""
+    if makes_optimizer(solver):
+        if not isinstance(state, OptimizerSolver):
+            saved, state = state, OptimizerSolver(solver, oracle)
+            if saved is not None:
+                state.load_state_dict(saved)
+        return state.run(oracle, x, y, draws), state
+    X, Y = oracle.x.export(x), oracle.y.export(y)
+    with torch.enable_grad():
+        found = solver(X, Y, [draw.batch for draw in draws])
+    if found is None and oracle.y.module is not None:
+        found = oracle.y.module  # trained in place
+    return oracle.y.flatten(found), None

@@ -1,0 +1,160 @@
+"""A variable, tree or Module, as one flat vector.
+
+The mathematics of this package runs on flat vectors: every product, norm and update is one kernel,
+and a checkpoint or a collective is one buffer. Only the losses see the user's own structure.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Variable = Any  # a tensor, a nest of dict / list / tuple of tensors, or an nn.Module
+
+
+def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree in order, each with its path, such as ``x['w'][0]``."""
+    if isinstance(tree, dict):
+        for key, child in tree.items():
+            yield from leaves(child, f"{path}[{key!r}]")
+    elif isinstance(tree, list | tuple):
+        for i, child in enumerate(tree):
+            yield from leaves(child, f"{path}[{i}]")
+    else:
+        yield path, tree
+
+
+def rebuild(tree: Any, new: Iterator[Any]) -> Any:
+    """A tree of the same structure whose leaves are taken from ``new`` in order."""
+    if isinstance(tree, dict):
+        out = copy.copy(tree)  # keeps the kind of dict
+        out.update((key, rebuild(child, new)) for key, child in tree.items())
+        return out
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a NamedTuple
+        return type(tree)(*(rebuild(child, new) for child in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)([rebuild(child, new) for child in tree])
+    return next(new)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with ``function`` applied to every leaf."""
+    return rebuild(tree, iter([function(leaf) for _, leaf in leaves(tree, "")]))
+
+
+class Layout:
+    """How one variable lies in a flat vector, and back.
+
+    Args:
+        value: a tree of floating tensors on one device, or a Module. Of a Module the parameters
+            that require a gradient are the variable; frozen ones and buffers stay as they are.
+            Leaves of several floating types share a vector of the widest and are cast back.
+        name: 'x' or 'y', for messages.
+
+    Raises:
+        TypeError: a leaf is no tensor, or not of a floating type.
+        ValueError: nothing to optimise, or leaves on several devices.
+    """
+
+    def __init__(self, value: Variable, name: str) -> None:
+        self.name = name
+        self.module = value if isinstance(value, nn.Module) else None
+        if self.module is not None:
+            self.tree: Any = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
+            if not self.tree:
+                raise ValueError(
+                    f"{name} is a Module ({type(value).__name__}) with no parameter that requires "
+                    f"a gradient, so there is nothing to optimise; call requires_grad_(True) on "
+                    f"the parameters to be learned."
+                )
+        else:
+            self.tree = value
+        found = list(leaves(self.tree, name))
+        for path, leaf in found:
+            _refuse_unfit(path, leaf)
+        self.paths = [path for path, _ in found]
+        self.shapes = [leaf.shape for _, leaf in found]
+        self.dtypes = [leaf.dtype for _, leaf in found]
+        self.sizes = [leaf.numel() for _, leaf in found]
+        if sum(self.sizes) == 0:
+            raise ValueError(
+                f"{name} = {value!r} holds no numbers, so there is nothing to optimise; "
+                f"pass a tensor, a dict / list / tuple of tensors, or a Module."
+            )
+        devices = {leaf.device for _, leaf in found}
+        if len(devices) > 1:
+            listed = ", ".join(f"{path} on {leaf.device}" for path, leaf in found)
+            raise ValueError(
+                f"{name} lies on several devices ({listed}), but is handled as one vector; "
+                f"move it to one device with .to(device)."
+            )
+        self.device = devices.pop()
+        self.dtype = self.dtypes[0]
+        for dtype in self.dtypes[1:]:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        # only the structure is kept: the tensors belong to the caller
+        self.tree = rebuild(self.tree, iter([None] * len(found)))
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+    def flatten(self, value: Variable) -> Tensor:
+        """A new vector holding ``value``, which must have this layout's structure and shapes."""
+        if isinstance(value, nn.Module):
+            value = {k: p for k, p in value.named_parameters() if p.requires_grad}
+        found = list(leaves(value, self.name))
+        shapes = [getattr(leaf, "shape", None) for _, leaf in found]
+        if [path for path, _ in found] != self.paths or shapes != self.shapes:
+            want = ", ".join(f"{p}{tuple(s)}" for p, s in zip(self.paths, self.shapes, strict=True))
+            got = ", ".join(f"{p}{tuple(getattr(v, 'shape', ('?',)))}" for p, v in found)
+            raise ValueError(
+                f"a value for {self.name} has the structure {got}, but {self.name} has {want}; "
+                f"return tensors of the same structure and shapes."
+            )
+        parts = [leaf.detach().to(self.device, self.dtype).reshape(-1) for _, leaf in found]
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """The leaves as views of ``vector`` (casts where a leaf has a type of its own)."""
+        pieces = [vector] if len(self.sizes) == 1 else vector.split(self.sizes)
+        return [
+            piece.view(shape) if dtype == vector.dtype else piece.view(shape).to(dtype)
+            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        ]
+
+    def unflatten(self, vector: Tensor) -> Any:
+        """The tree of views of ``vector``; for a Module, a dict of its parameters by name."""
+        return rebuild(self.tree, iter(self.parts(vector)))
+
+    def export(self, vector: Tensor) -> Variable:
+        """The value as the user gave it: new tensors, or the Module with this value written in."""
+        if self.module is None:
+            return tree_map(lambda leaf: leaf.detach().clone(), self.unflatten(vector))
+        with torch.no_grad():
+            parameters = dict(self.module.named_parameters())
+            for name, part in self.unflatten(vector).items():
+                parameters[name].copy_(part)
+        return self.module
+
+
+def _refuse_unfit(path: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(
+            f"{path} is {leaf!r} ({type(leaf).__name__}), not a tensor; wrap numbers in "
+            f"torch.tensor(...), or let the loss close over what is not to be optimised."
+        )
+    if not leaf.is_floating_point():
+        raise TypeError(
+            f"{path} has dtype {leaf.dtype}, which has no gradient; convert it with .float(), or "
+            f"let the loss close over it if it is not to be optimised."
+        )
+    if leaf.layout != torch.strided:
+        raise TypeError(
+            f"{path} is a sparse tensor ({leaf.layout}), but variables are handled as one dense "
+            f"vector; convert it with .to_dense(), or optimise its values()."
+        )

@@ -1,0 +1,290 @@
+"""Solvers of the linear system  g_yy q = b  that stands inside an implicit hypergradient.
+
+A solver is any callable ``solver(product, b, q0) -> q``: ``product(u)`` is g_yy u, ``q0`` a first
+guess or None. It may have an attribute ``batches``: how many independent inner batches it wants;
+the j-th is reached by ``product(u, j)``. Nothing here looks at the host, so that a GPU is never
+made to wait; the hypergradient itself reports the true residual of whatever comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Product = Callable[..., Tensor]
+Solver = Callable[[Product, Tensor, "Tensor | None"], Tensor]
+
+
+def _require_count(owner: str, name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{owner}({name}={value!r}): {name} counts products with the Hessian, so it must be "
+            f"a whole number of at least 1; try {name}=10."
+        )
+
+
+def _require_step(owner: str, step: float | str) -> None:
+    if step != "auto" and not (isinstance(step, int | float) and 0 < step < math.inf):
+        raise ValueError(
+            f"{owner}(step={step!r}): the step of the series must be a positive number below "
+            f"2 / (largest eigenvalue of g_yy); step='auto' finds a safe one on the batch at hand."
+        )
+
+
+def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
+    """A bound, 0-dim, on the |eigenvalues| of g_yy that a series started at ``b`` meets.
+
+    Lanczos from ``b`` with full orthogonalisation: the largest Ritz value plus the norm of its
+    residual. A power iteration alone approaches the largest eigenvalue from below and gives steps
+    that are too long; this bound errs to the safe side. Costs ``products`` products at most.
+    """
+    basis, alphas, betas = [b / _norm(b)], [], []
+    for _ in range(min(products, b.numel())):
+        v = product(basis[-1])
+        alphas.append(torch.dot(basis[-1], v))
+        Q = torch.stack(basis)
+        for _ in range(2):  # twice is enough, once is not
+            v = v - Q.T @ (Q @ v)
+        betas.append(torch.linalg.vector_norm(v))
+        basis.append(v / _norm(v))
+    T = torch.diag(torch.stack(alphas))
+    if len(betas) > 1:
+        off = torch.stack(betas[:-1])
+        T = T + torch.diag(off, 1) + torch.diag(off, -1)
+    # a product that overflowed must come out as a number, not as an exception from the deep
+    ritz, vectors = torch.linalg.eigh(torch.nan_to_num(T))
+    bounds = ritz.abs() + betas[-1] * vectors[-1].abs()
+    return bounds.max()
+
+
+def _norm(v: Tensor) -> Tensor:
+    """The norm, kept away from zero: dividing a zero vector by it gives zero."""
+    return torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """q = step * sum_{j < terms} (I - step g_yy)^j b.
+
+    The relative residual falls at least like (1 - step mu)^terms with mu the smallest eigenvalue:
+    use :class:`ConjugateGradient` for ill-conditioned problems.
+
+    Args:
+        terms: terms of the series, >= 1; also the number of Hessian products, the one that
+            measures the residual included.
+        step: below 2 / (largest eigenvalue), or 'auto': from the curvature of the batch at hand
+            (at most 8 further products), which cannot diverge for a positive definite Hessian.
+
+    Reference: Lorraine et al. 2020; estimator A of stocBiO (Ji et al. 2021) on one batch.
+    """
+
+    terms: int = 10
+    step: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require_count("Neumann", "terms", self.terms)
+        _require_step("Neumann", self.step)
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        nu = _series_step(self.step, product, b)
+        r = b if q0 is None else b - product(q0)
+        q = r
+        for _ in range(self.terms - 1):
+            r = r - nu * product(r)
+            q = q + r
+        return nu * q if q0 is None else q0 + nu * q
+
+
+def _series_step(step: float | str, product: Product, b: Tensor) -> Tensor | float:
+    if not isinstance(step, str):
+        return step
+    bound = curvature(product, b)
+    return torch.where(bound > 0, 1 / bound, torch.ones_like(bound))
+
+
+@dataclass(frozen=True)
+class StochasticNeumann:
+    """The Neumann series with an independent inner batch for each factor.
+
+    * ``form='sum'``:  step * sum_{j < terms} prod_{i <= j} (I - step H_i) b; low variance.
+    * ``form='random'``:  terms * step * prod_{i <= n} (I - step H_i) b with n uniform on
+      0 ... terms-1: unbiased for the same truncated series at half the products, but a single
+      draw has a relative deviation of about one. Not for searched steps, whose test needs a
+      meaningful predicted decrease.
+
+    Args:
+        terms: length of the series, >= 1, and number of independent batches.
+        step: as for :class:`Neumann`; 'auto' uses 1 / (twice the curvature of the first batch),
+            since the other batches may be sharper.
+        form: 'sum' or 'random'.
+
+    Reference: Ji et al. 2021 (stocBiO, sum form); Ghadimi & Wang 2018 and Chen et al. 2021
+    (ALSET) for the random-length form, which the analysis of BiSPS uses (arXiv 2305.18666).
+    """
+
+    terms: int = 10
+    step: float | Literal["auto"] = "auto"
+    form: Literal["sum", "random"] = "sum"
+
+    def __post_init__(self) -> None:
+        _require_count("StochasticNeumann", "terms", self.terms)
+        _require_step("StochasticNeumann", self.step)
+        if self.form not in ("sum", "random"):
+            raise ValueError(
+                f"StochasticNeumann(form={self.form!r}): the form must be 'sum' or 'random'."
+            )
+
+    @property
+    def batches(self) -> int:
+        return self.terms
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        del q0  # the factors differ from call to call, so there is no system to go on solving
+        nu = _series_step(self.step, product, b)
+        if self.step == "auto":
+            nu = nu / 2
+        if self.form == "random":
+            n = int(torch.randint(self.terms, ()))
+            for j in range(n):
+                b = b - nu * product(b, j)
+            return self.terms * nu * b
+        q = b
+        for j in range(self.terms - 1):
+            b = b - nu * product(b, j)
+            q = q + b
+        return nu * q
+
+
+@dataclass(frozen=True)
+class ConjugateGradient:
+    """Conjugate gradient on g_yy itself: at most ``steps`` products.
+
+    The error in the norm of g_yy falls at least like 2 ((sqrt k - 1)/(sqrt k + 1))^steps, with k
+    the condition number. It stops, with the last iterate, at a relative residual of ``rtol``, at
+    a zero residual, at a direction of no or negative curvature (an indefinite Hessian), and where
+    a step is below rounding.
+
+    Args:
+        steps: products at most, >= 1.
+        rtol: relative residual that is enough, >= 0.
+        warm_start: go on from the solution of the previous iteration where a method has one.
+
+    Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here.
+    """
+
+    steps: int = 20
+    rtol: float = 1e-6
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        _require_count("ConjugateGradient", "steps", self.steps)
+        if not 0 <= self.rtol < 1:
+            raise ValueError(
+                f"ConjugateGradient(rtol={self.rtol!r}): the relative residual must lie in "
+                f"[0, 1); use rtol=0 to take every step."
+            )
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        eps = torch.finfo(b.dtype).eps
+        if q0 is None:
+            q, r = torch.zeros_like(b), b
+        else:
+            # the guess along its own ray: the best multiple of q0 never is worse than zero
+            Hq = product(q0)
+            curved = torch.dot(q0, Hq)
+            scale = torch.where(curved > 0, torch.dot(q0, b) / curved, 0.0)
+            q, r = scale * q0, b - scale * Hq
+        p = r
+        rr = torch.dot(r, r)
+        enough = self.rtol**2 * torch.dot(b, b)
+        active = rr > enough
+        for i in range(self.steps):
+            # a look at the host stops early; on a GPU it would stall the queue at every step
+            if (b.device.type == "cpu" or i % 5 == 4) and not torch.compiler.is_compiling():
+                if not bool(active):
+                    break
+            Hp = product(p)
+            pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
+            active = active & (pHp > eps * eps * pp) & torch.isfinite(pHp)
+            a = torch.where(active, rr / pHp, 0.0)
+            q = q + a * p
+            r = r - torch.where(active, a * Hp, 0.0)
+            new = torch.dot(r, r)
+            moved = a * a * pp > eps * eps * torch.dot(q, q)
+            active = active & (new > enough) & moved
+            p = r + torch.where(active, new / rr, 0.0) * p
+            rr = new
+        return q
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """(U S U^T + damping I)^{-1} b with a rank-``rank`` Nystrom approximation of g_yy.
+
+    Costs ``rank`` products that do not depend on one another, whatever the condition number.
+
+    Args:
+        rank: size of the sketch, >= 1; capped at the number of parameters, where it is exact.
+        damping: >= 0; None: the smallest eigenvalue that the sketch resolved (zero at full rank).
+        seed: of the Gaussian sketch, which never touches the global generator.
+
+    Reference: Hataya & Yamada 2023; Frangella, Tropp & Udell 2023 for the stable form.
+    """
+
+    rank: int = 10
+    damping: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_count("Nystrom", "rank", self.rank)
+        if self.damping is not None and not 0 <= self.damping < math.inf:
+            raise ValueError(
+                f"Nystrom(damping={self.damping!r}): the damping is added to the eigenvalues of "
+                f"g_yy, so it must be a number >= 0, or None to have it chosen."
+            )
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        del q0
+        n, rank = b.numel(), min(self.rank, b.numel())
+        # drawn on the CPU so that every device sees the same sketch
+        generator = torch.Generator().manual_seed(self.seed)
+        omega = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+        omega = torch.linalg.qr(omega).Q.to(b)
+        Y = torch.stack([product(column) for column in omega.T], dim=1)
+        shift = torch.finfo(b.dtype).eps * torch.linalg.matrix_norm(Y)  # keeps the core definite
+        core = omega.T @ Y + shift * (omega.T @ omega)
+        values, vectors = torch.linalg.eigh(torch.nan_to_num((core + core.T) / 2))
+        keep = values > shift
+        root = torch.where(keep, values.clamp_min(shift).rsqrt(), 0.0)
+        U, s, _ = torch.linalg.svd(
+            torch.nan_to_num((Y + shift * omega) @ vectors) * root, full_matrices=False
+        )
+        lam = (s * s - shift).clamp_min(0)
+        if self.damping is not None:
+            rho = torch.as_tensor(self.damping, dtype=b.dtype, device=b.device)
+        else:
+            rho = lam[-1] if rank < n else torch.zeros_like(lam[-1])
+        z = U.T @ b
+        inside = torch.where(lam + rho > 0, z / (lam + rho), 0.0)
+        if rank == n:
+            return U @ inside
+        return U @ inside + torch.where(rho > 0, (b - U @ z) / rho, 0.0)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """q = b: the inverse Hessian replaced by the identity, at no product.
+
+    Right only where g_yy = I; cheap, and biased everywhere else (see the residual).
+
+    Reference: Luketina et al. 2016 (T1-T2).
+    """
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        del product, q0
+        return b

@@ -1,0 +1,452 @@
+"""A method is a hypergradient and an update per level; BiSPS and BiSLS are presets of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilevel.hypergradient import Estimate, Follow, Hypergradient, Implicit, InnerStep
+from bilevel.inner_solver import run_solver
+from bilevel.layout import Layout, Variable
+from bilevel.linear import ConjugateGradient
+from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
+from bilevel.record import Record
+from bilevel.rules import (
+    Adam,
+    Armijo,
+    Fixed,
+    Line,
+    Moments,
+    Move,
+    Polyak,
+    Reset,
+    Rule,
+    Steepest,
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """All that changes from one outer iteration to the next; never modified in place.
+
+    ``x`` and ``y`` read the variables as the user gave them: new tensors, or the Module with the
+    present values written in.
+    """
+
+    layouts: tuple[Layout, Layout] = field(repr=False)
+    vectors: tuple[Tensor, Tensor] = field(repr=False)
+    k: int = 0
+    outer_last: float | None = None  # what the step-size rules carry over
+    inner_last: float | None = None
+    moments: Moments = Moments(None, None, 0)
+    q: Tensor | None = field(default=None, repr=False)
+    solver: Any = field(default=None, repr=False)  # the user's inner solver
+    cost: Cost = field(default_factory=Cost)
+    seconds: float = 0.0
+    failures: int = 0  # outer searches that failed, one after the other
+
+    @property
+    def x(self) -> Variable:
+        return self.layouts[0].export(self.vectors[0])
+
+    @property
+    def y(self) -> Variable:
+        return self.layouts[1].export(self.vectors[1])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One outer iteration: inner steps, a hypergradient, an outer step.
+
+    Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial
+    x + t d is judged: 'tangent' follows y*(x) as the hypergradient predicts, 'refine' takes one
+    inner step at the trial (and at the base), 'frozen' keeps y.
+    """
+
+    name: str
+    hypergradient: Hypergradient
+    direction: Steepest | Adam
+    outer_rule: Rule
+    inner_rule: Rule
+    response: Literal["tangent", "refine", "frozen"] = "tangent"
+    inner_solver: Callable[..., Any] | None = None
+
+    def init(self, x: Variable, y: Variable) -> State:
+        """The state at the start. x and y are read, never modified."""
+        layouts = Layout(x, "x"), Layout(y, "y")
+        return State(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
+
+    def step(
+        self,
+        problem: Problem,
+        state: State,
+        outer_batch: Any = None,
+        inner_batches: Sequence[Any] | int = 1,
+        hessian_batches: Sequence[Any] | None = None,
+    ) -> tuple[State, Record]:
+        """One outer iteration.
+
+        Args:
+            outer_batch: for the outer loss; None if it takes none.
+            inner_batches: one per inner step; a number of steps if the inner loss takes none.
+            hessian_batches: for the hypergradient; None: the last inner batches again.
+
+        Returns:
+            The new state and the record of this iteration. Where something was not finite or a
+            search failed, the state keeps the last good x and the record's ``failure`` says so.
+        """
+        start = time.perf_counter()
+        if isinstance(inner_batches, int):
+            inner_batches = [None] * inner_batches
+        oracle = make_oracle(problem, *state.layouts)
+        oracle.cost = replace(state.cost)
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
+            outcome = self._step(oracle, state, outer_batch, inner_batches, hessian_batches)
+        state, record = outcome
+        seconds = state.seconds + time.perf_counter() - start
+        return replace(state, seconds=seconds), replace(record, seconds=seconds)
+
+    def _step(
+        self,
+        oracle: Oracle,
+        state: State,
+        outer_batch: Any,
+        inner_batches: Sequence[Any],
+        hessian_batches: Sequence[Any] | None,
+    ) -> tuple[State, Record]:
+        x, y = state.vectors
+        draws, outer = [Draw(batch) for batch in inner_batches], Draw(outer_batch)
+        y, path, inner = self._inner(oracle, state, draws)
+        hessian = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
+        h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q)
+        d, moments = self.direction(h.grad, state.moments)
+        searches = self.outer_rule.searches(state.outer_last)
+        line, reach = self._line(oracle, x, y, outer, hessian[0], h, d, inner, searches)
+        move = self.outer_rule(line, state.k, state.outer_last)
+        new_x, new_y = reach(move.size)
+        new_y = y if new_y is None else new_y
+
+        inner_value = h.inner_value if h.inner_value is not None else inner.value
+        numbers = torch.stack(
+            [
+                torch.as_tensor(number, dtype=torch.float64, device=x.device)
+                for number in (
+                    h.value,
+                    inner_value,
+                    torch.linalg.vector_norm(h.grad),
+                    move.size,
+                    inner.size,
+                    float("nan") if h.residual is None else h.residual,
+                    new_x.isfinite().all() & new_y.isfinite().all(),
+                )
+            ]
+        ).tolist()
+        value, inner_value, norm, alpha, beta, residual, finite = numbers
+        failure = _failure(value, inner_value, norm, finite, move)
+        cost = oracle.cost
+        record = Record(
+            k=state.k,
+            outer_loss=value,
+            inner_loss=inner_value,
+            hypergrad_norm=norm,
+            outer_step=alpha,
+            inner_step=beta,
+            outer_trials=move.trials,
+            inner_trials=inner.trials,
+            inner_failures=inner.failures,
+            residual=None if h.residual is None else residual,
+            gradients=cost.gradients,
+            hessian_products=cost.hessian_products,
+            loss_evaluations=cost.loss_evaluations,
+            seconds=state.seconds,
+            failure=failure,
+        )
+        if failure is not None and not move.failed:
+            return replace(state, k=state.k + 1, cost=cost), record
+        return (
+            State(
+                state.layouts,
+                (x, y) if move.failed else (new_x, new_y),
+                state.k + 1,
+                move.last,
+                inner.last,
+                moments,
+                h.q,
+                inner.solver,
+                cost,
+                state.seconds,
+                state.failures + 1 if move.failed else 0,
+            ),
+            record,
+        )
+
+    def _inner(
+        self, oracle: Oracle, state: State, draws: Sequence[Draw]
+    ) -> tuple[Tensor, list[InnerStep], _Inner]:
+        """The inner steps from y at x, and their path as far as the hypergradient asks for it."""
+        x, y = state.vectors
+        out = _Inner(last=state.inner_last, solver=state.solver)
+        if self.inner_solver is not None:
+            y, out.solver = run_solver(self.inner_solver, oracle, x, y, draws, state.solver)
+            return y, [], out
+        keep, window = self.hypergradient.keep, self.hypergradient.window
+        first_kept = 0 if window is None else max(0, len(draws) - window)
+        path: list[InnerStep] = []
+        for t, draw in enumerate(draws):
+            kept = keep != "nothing" and t >= first_kept
+            graph = oracle.record(x, y, draw) if kept and keep == "graphs" else None
+            if graph is not None:
+                value, gy = graph.value, graph.gradient
+            else:
+                value, gy = oracle.inner_gradient(x, y, draw)
+            line = Line(value, -torch.dot(gy, gy), partial(_along, oracle, x, y, gy, draw))
+            move = self.inner_rule(line, state.k, out.last)
+            if kept:
+                path.append(InnerStep(y, draw, move.size, graph))
+            y = y - move.size * gy
+            out.value, out.size, out.last = value, move.size, move.last
+            out.trials += move.trials
+            out.failures += move.failed
+        return y, path, out
+
+    def _line(
+        self,
+        oracle: Oracle,
+        x: Tensor,
+        y: Tensor,
+        outer: Draw,
+        inner_draw: Draw,
+        h: Estimate,
+        d: Tensor,
+        inner: _Inner,
+        searches: bool,
+    ) -> tuple[Line, Callable[[float | Tensor], tuple[Tensor, Tensor | None]]]:
+        """phi(t) = f(x + t d, y(t)), and t -> (x + t d, y(t)), both through the projection."""
+        value, slope = h.value, torch.dot(h.grad, d)
+        follow: Follow | None = None
+        response = self.response if searches else "frozen"
+        if response == "tangent":
+            slope, follow = h.respond(d)
+        seen: dict[float, tuple[Tensor, Tensor | None]] = {}
+
+        def reach(t: float | Tensor) -> tuple[Tensor, Tensor | None]:
+            if isinstance(t, float) and t in seen:
+                return seen[t]
+            free = x + t * d
+            xt, yt = oracle.project(free), y
+            if response == "refine":
+                yt = y - inner.size * oracle.inner_gradient(xt, y, inner_draw)[1]
+            elif follow is not None and isinstance(t, float) and t > 0:
+                if oracle.problem.project is None or torch.equal(xt, free):
+                    yt = follow(t)
+                else:  # the tangent along the arc that the projection bends
+                    yt = h.respond(xt - x)[1](1.0)
+            if isinstance(t, float):
+                if len(seen) > 1:  # an accepted trial is the last or the one before
+                    del seen[next(iter(seen))]
+                seen[t] = xt, yt
+            return xt, yt
+
+        def phi(t: float) -> Tensor:
+            xt, yt = reach(t)
+            return torch.full_like(value, math.inf) if yt is None else oracle.value("outer", xt, yt, outer)
+
+        if response == "refine":  # base and trial on the same map y(t), or no t may do
+            value = phi(0.0)
+        return Line(value, slope, phi), reach
+
+
+def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:
+    return oracle.value("inner", x, y - t * gy, draw)
+
+
+def _failure(value: float, inner_value: float, norm: float, finite: float, move: Move) -> str | None:
+    for what, number in (
+        ("the outer loss", value),
+        ("the inner loss", inner_value),
+        ("the norm of the hypergradient", norm),
+    ):
+        if not math.isfinite(number):
+            return f"{what} is {number}"
+    if move.failed:
+        return f"the outer line search found no acceptable step in {move.trials} trials"
+    if not finite:
+        return "the step led to a point that is not finite"
+    return None
+
+
+@dataclass
+class _Inner:
+    """What the inner steps leave behind."""
+
+    last: float | None
+    solver: Any
+    value: float | Tensor = float("nan")
+    size: float | Tensor = 0.0
+    trials: int = 0
+    failures: int = 0
+
+
+Direction = Literal["adam", "sgd"]
+
+
+def bisls(
+    direction: Direction = "adam",
+    outer_step: float = 1.0,
+    inner_step: float = 1.0,
+    slack: float = 0.0,
+    reset: Reset = "grow",
+    hypergradient: Hypergradient | None = None,
+    *,
+    response: Literal["tangent", "refine", "frozen"] = "tangent",
+    inner_solver: Callable[..., Any] | None = None,
+) -> Method:
+    """BiSLS: a stochastic Armijo search at both levels (BiSLS-SGD, BiSLS-Adam).
+
+    Outer condition, with the direction d = -A^{-1} h of the hypergradient h:
+
+        f(x + alpha d, y(alpha)) <= f(x, y) + c alpha phi'(0) + slack |f(x, y)|
+
+    Args:
+        direction: 'adam' or 'sgd' (A = I). The inner direction is -g_y in both.
+        outer_step, inner_step: first steps tried, > 0. The first search also grows, so that any
+            value serves.
+        slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
+            response y(alpha) that the hypergradient differentiates.
+        reset: where searches start: 'grow' (twice the last step), 'last', 'fixed'.
+        hypergradient: None: implicit with at most 10 conjugate gradient steps.
+        response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`Method`.
+        inner_solver: your own way to y, see :func:`bilevel.solve`.
+
+    Reference: Fan et al. 2023 (arXiv 2305.18666). The response 'tangent' is ours.
+    """
+    for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
+        _require_positive("bisls", name, step)
+    if not 0 <= slack < math.inf:
+        raise ValueError(f"bisls(slack={slack!r}): the slack must be a number >= 0; 0 is the default.")
+    _require_choice("bisls", "reset", reset, ("grow", "last", "fixed"))
+    _require_choice("bisls", "response", response, ("tangent", "refine", "frozen"))
+    return Method(
+        f"bisls-{direction}",
+        hypergradient or Implicit(ConjugateGradient(steps=10, rtol=1e-3)),
+        _direction("bisls", direction),
+        Armijo(outer_step, slack=slack, reset=reset),
+        Armijo(inner_step, reset=reset),
+        response,
+        inner_solver,
+    )
+
+
+def bisps(
+    max_outer_step: float | None = None,
+    max_inner_step: float | None = None,
+    min_outer_step: float | None = None,
+    hypergradient: Hypergradient | None = None,
+    *,
+    outer_lower_bound: float = 0.0,
+    inner_lower_bound: float = 0.0,
+    c: float = 1.0,
+    inner_solver: Callable[..., Any] | None = None,
+) -> Method:
+    """BiSPS: stochastic Polyak steps at both levels, under bounds that fall like 1/sqrt(k+1).
+
+        beta  = min{ (g - lower bound) / (c ||g_y||^2), max_inner_step_k }
+        alpha = min{ max{ min_outer_step_k, (f - lower bound) / (c ||h||^2) }, max_outer_step_k }
+
+    Args:
+        max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by one line search
+            in the first iteration.
+        min_outer_step: floor at k = 0; None: 1e-3 of ``max_outer_step``.
+        hypergradient: as for :func:`bisls`.
+        outer_lower_bound, inner_lower_bound: of the losses on any batch.
+        c: scale of the Polyak step, at least 1/2 for convergence.
+
+    Reference: Fan et al. 2023 (arXiv 2305.18666), eqs. (10), (11).
+    """
+    for name, step in (("max_outer_step", max_outer_step), ("max_inner_step", max_inner_step), ("c", c)):
+        if step is not None:
+            _require_positive("bisps", name, step)
+    if min_outer_step is not None and max_outer_step is None:
+        raise ValueError(
+            f"bisps(min_outer_step={min_outer_step!r}) without max_outer_step: the two bounds "
+            f"belong together; give both, or neither to have them measured."
+        )
+    if min_outer_step is None:
+        lower = 1e-3 * (max_outer_step or 1.0)
+    elif 0 <= min_outer_step <= (max_outer_step or 0):
+        lower = min_outer_step
+    else:
+        raise ValueError(
+            f"bisps(min_outer_step={min_outer_step!r}, max_outer_step={max_outer_step!r}): the "
+            f"floor must lie between 0 and the ceiling."
+        )
+    return Method(
+        "bisps",
+        hypergradient or Implicit(ConjugateGradient(steps=10, rtol=1e-3)),
+        Steepest(),
+        Polyak(outer_lower_bound, c, lower, max_outer_step),
+        Polyak(inner_lower_bound, c, 0.0, max_inner_step),
+        inner_solver=inner_solver,
+    )
+
+
+def fixed(
+    direction: Direction = "adam",
+    outer_step: float = 1e-2,
+    inner_step: float = 1e-1,
+    hypergradient: Hypergradient | None = None,
+    *,
+    decay: float = 0.0,
+    inner_solver: Callable[..., Any] | None = None,
+) -> Method:
+    """Hand-tuned steps at both levels: the baseline.
+
+    Args:
+        direction: 'adam' (momentum 0.9) or 'sgd' at the outer level; the inner one is -g_y.
+        outer_step, inner_step: > 0.
+        decay: steps fall like (k + 1)^-decay; 0 is constant, 0.5 the usual schedule.
+        hypergradient: as for :func:`bisls`.
+    """
+    for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
+        _require_positive("fixed", name, step)
+    return Method(
+        direction,
+        hypergradient or Implicit(ConjugateGradient(steps=10, rtol=1e-3)),
+        Adam(beta1=0.9) if direction == "adam" else _direction("fixed", direction),
+        Fixed(outer_step, decay),
+        Fixed(inner_step, decay),
+        inner_solver=inner_solver,
+    )
+
+
+PRESETS: dict[str, Callable[[], Method]] = {
+    "bisls-adam": partial(bisls, "adam"),
+    "bisls-sgd": partial(bisls, "sgd"),
+    "bisps": bisps,
+    "adam": partial(fixed, "adam"),
+    "sgd": partial(fixed, "sgd"),
+}
+
+
+def _direction(owner: str, direction: str) -> Steepest | Adam:
+    _require_choice(owner, "direction", direction, ("adam", "sgd"))
+    return Adam() if direction == "adam" else Steepest()
+
+
+def _require_positive(owner: str, name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{owner}({name}={value!r}): {name} must be a positive, finite number.")
+
+
+def _require_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}({name}={value!r}): {name} must be one of {listed}.")

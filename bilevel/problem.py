@@ -1,0 +1,296 @@
+"""The problem  min_x f(x, y*(x)),  y*(x) = argmin_y g(x, y),  and its derivatives on flat vectors.
+
+Letters, here and everywhere: x, f, alpha are the outer (upper) variable, loss and step;
+y, g, beta the inner (lower) ones. g_yy is a Hessian block, g_xy u its product with a vector.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bilevel.layout import Layout, tree_map
+from bilevel.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two losses, and the feasible set of x.
+
+    Args:
+        outer: ``outer(x, y, batch)`` or ``outer(x, y)``, a 0-dim tensor: f.
+        inner: ``inner(x, y, batch)`` or ``inner(x, y)``, a 0-dim tensor: g.
+        project: maps x (a Module as a dict of its parameters) to the nearest feasible point;
+            applied to every point that is tried. None: all of space.
+        compile: evaluate through torch.compile; falls back, with a warning.
+    """
+
+    outer: Callable[..., Tensor]
+    inner: Callable[..., Tensor]
+    project: Callable[[Any], Any] | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("outer", "inner", "project"):
+            function = getattr(self, name)
+            if not callable(function) and not (name == "project" and function is None):
+                raise TypeError(
+                    f"{name} is {function!r} ({type(function).__name__}), which cannot be called; "
+                    f"pass a function such as lambda x, y: ((x - y) ** 2).sum()."
+                )
+
+
+@dataclass
+class Cost:
+    """Evaluations so far. Every gradient and every loss evaluation is one call of a loss."""
+
+    gradients: int = 0
+    hessian_products: int = 0  # products with g_yy; the one that also gives g_xy counts once
+    loss_evaluations: int = 0
+
+
+class Draw:
+    """One batch together with the randomness of its first evaluation.
+
+    A loss on a draw is one fixed function: dropout repeats its mask in every later evaluation,
+    without which phi(t) and phi(0) of a line search would belong to different functions. The
+    global generators advance as if each draw had been evaluated once.
+    """
+
+    def __init__(self, batch: Any = None) -> None:
+        self.batch = batch
+        self._before: list[Tensor] | None = None
+        self._random = False
+
+    def evaluate(self, randomness: Randomness, function: Callable[[], Any]) -> Any:
+        if self._before is None:
+            self._before = randomness.state()
+            result = function()
+            after = randomness.state()
+            self._random = any(not torch.equal(a, b) for a, b in zip(self._before, after))
+            return result
+        if not self._random:
+            return function()
+        now = randomness.state()
+        randomness.restore(self._before)
+        try:
+            return function()
+        finally:
+            randomness.restore(now)
+
+
+class _Pair(nn.Module):
+    """x and y, of which at least one is a Module, so that one functional_call binds both."""
+
+    def __init__(self, x: Layout, y: Layout) -> None:
+        super().__init__()
+        if x.module is not None:
+            self.x = x.module
+        if y.module is not None:
+            self.y = y.module
+
+    def forward(self, loss: Callable[..., Tensor], x: Any, y: Any, batch: tuple[Any, ...]) -> Tensor:
+        return loss(getattr(self, "x", x), getattr(self, "y", y), *batch)
+
+
+class Oracle:
+    """A problem on flat vectors: values, gradients and recorded second derivatives, counted.
+
+    Gradients use autograd rather than torch.func: one recorded graph serves the products with
+    g_yy alone (which need not reach back to x) and the cross term, custom functions and
+    checkpointing inside a loss work, and a small problem pays half the dispatch.
+    """
+
+    def __init__(self, problem: Problem, x: Layout, y: Layout) -> None:
+        if x.device != y.device:
+            raise ValueError(
+                f"x is on {x.device} and y on {y.device}, but both enter one loss; "
+                f"move one of them with .to(device)."
+            )
+        if x.dtype != y.dtype:
+            raise TypeError(
+                f"x is {x.dtype} and y {y.dtype}, but products mix the two; "
+                f"convert one of them with .to(dtype)."
+            )
+        self.problem, self.x, self.y = problem, x, y
+        self.cost = Cost()
+        self._randomness = Randomness(y.device)
+        self._pair = _Pair(x, y) if x.module is not None or y.module is not None else None
+        self._batched = {
+            "outer": _takes_batch(problem.outer, "outer"),
+            "inner": _takes_batch(problem.inner, "inner"),
+        }
+
+    # -- the losses ------------------------------------------------------------------------
+
+    def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        loss = self.problem.outer if level == "outer" else self.problem.inner
+        takes = self._batched[level]
+        if draw.batch is not None and takes is False:
+            raise TypeError(
+                f"{level}_data was given, but the {level} loss takes no batch; "
+                f"write {level}(x, y, batch), or leave out {level}_data."
+            )
+        batch = (draw.batch,) if takes or (takes is None and draw.batch is not None) else ()
+        X, Y = self.x.unflatten(x), self.y.unflatten(y)
+
+        def call() -> Tensor:
+            if self._pair is None:
+                return loss(X, Y, *batch)
+            bound = {}
+            for name, layout, value in (("x", self.x, X), ("y", self.y, Y)):
+                if layout.module is not None:
+                    bound.update({f"{name}.{key}": part for key, part in value.items()})
+            return functional_call(self._pair, bound, (loss, X, Y, batch))
+
+        value = draw.evaluate(self._randomness, call)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(
+                f"the {level} loss returned {got}, but must return a 0-dim tensor; "
+                f"reduce it with .mean() or .sum()."
+            )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"the {level} loss returned a tensor of {value.dtype}, but must return a "
+                f"floating one; compute it from x and y with differentiable functions."
+            )
+        return value
+
+    def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        """The loss, without a graph."""
+        self.cost.loss_evaluations += 1
+        with torch.no_grad():
+            return self._loss(level, x, y, draw)
+
+    def dependence(
+        self, level: str, x: Tensor, y: Tensor, draw: Draw
+    ) -> tuple[Tensor, tuple[bool, bool]]:
+        """The loss, and whether x and y enter it. Costs a gradient."""
+        self.cost.gradients += 1
+        with torch.enable_grad():
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            value = self._loss(level, x, y, draw)
+            if not value.requires_grad:
+                return value, (False, False)
+            gx, gy = torch.autograd.grad(value, (x, y), allow_unused=True)
+        return value.detach(), (gx is not None, gy is not None)
+
+    def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """f, f_x, f_y."""
+        self.cost.gradients += 1
+        with torch.enable_grad():
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            value = self._loss("outer", x, y, draw)
+            fx, fy = _gradients(value, (x, y))
+        return value.detach(), fx, fy
+
+    def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """g, g_y."""
+        self.cost.gradients += 1
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            value = self._loss("inner", x, y, draw)
+            (gy,) = _gradients(value, (y,))
+        return value.detach(), gy
+
+    def inner_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """g, g_x, g_y."""
+        self.cost.gradients += 1
+        with torch.enable_grad():
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            value = self._loss("inner", x, y, draw)
+            gx, gy = _gradients(value, (x, y))
+        return value.detach(), gx, gy
+
+    def record(self, x: Tensor, y: Tensor, draw: Draw) -> Pullback:
+        """g and g_y with the graph of g_y kept, from which every product comes."""
+        return Pullback(self, x, y, draw)
+
+    def project(self, x: Tensor) -> Tensor:
+        if self.problem.project is None:
+            return x
+        with torch.no_grad():
+            return self.x.flatten(self.problem.project(tree_map(torch.clone, self.x.unflatten(x))))
+
+
+class Pullback:
+    """g_y at one point on one draw, recorded once: products cost about one gradient each.
+
+    Attributes:
+        value: g, 0-dim.   gradient: g_y, shape of y.
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> None:
+        self._cost = oracle.cost
+        self._cost.gradients += 1
+        with torch.enable_grad():
+            self._x, self._y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            value = oracle._loss("inner", self._x, self._y, draw)
+            (self._gy,) = _gradients(value, (self._y,), create_graph=True)
+        self.value, self.gradient = value.detach(), self._gy.detach()
+
+    def product(self, u: Tensor) -> Tensor:
+        """g_yy u, shape of y."""
+        self._cost.hessian_products += 1
+        return _gradients(self._gy, (self._y,), u, retain_graph=True)[0]
+
+    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """g_xy u, shape of x, and g_yy u, shape of y, in one pass."""
+        self._cost.hessian_products += 1
+        gxy, gyy = _gradients(self._gy, (self._x, self._y), u, retain_graph=True)
+        return gxy, gyy
+
+    def forward(self, d: Tensor) -> Tensor:
+        """g_yx d, shape of y: the change of g_y along a direction d of x.
+
+        The pass back to x is linear in u, so the gradient of <g_xy u, d> with respect to u is
+        g_yx d at any u: a forward derivative from two backward passes, without the operators
+        that lack a forward mode.
+        """
+        self._cost.hessian_products += 1
+        with torch.enable_grad():
+            u = torch.zeros_like(self._gy, requires_grad=True)
+            (gxy,) = _gradients(self._gy, (self._x,), u, retain_graph=True, create_graph=True)
+            return _gradients(gxy, (u,), d, retain_graph=True)[0]
+
+
+def _gradients(output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor | None = None, **options: bool) -> tuple[Tensor, ...]:
+    """torch.autograd.grad with zeros where an input does not enter."""
+    if not output.requires_grad:
+        return tuple(torch.zeros_like(i) for i in inputs)
+    found = torch.autograd.grad(output, inputs, seed, allow_unused=True, **options)
+    return tuple(
+        torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)
+    )
+
+
+def _takes_batch(loss: Callable[..., Any], level: str) -> bool | None:
+    """Whether the loss takes a third argument: True, False, or None where it may."""
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):
+        return None
+    able = []
+    for count in (2, 3):
+        try:
+            signature.bind(*range(count))
+            able.append(True)
+        except TypeError:
+            able.append(False)
+    if able == [False, False]:
+        raise TypeError(
+            f"{level}{signature} cannot be called as {level}(x, y) nor as {level}(x, y, batch); "
+            f"write the loss as a function of these arguments."
+        )
+    return None if able == [True, True] else able[1]
+
+
+def make_oracle(problem: Problem, x: Layout, y: Layout) -> Oracle:
+    return Oracle(problem, x, y)

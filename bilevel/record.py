@@ -1,0 +1,77 @@
+"""What a run reports: one record per outer iteration, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bilevel.layout import Variable
+
+
+@dataclass(frozen=True)
+class Record:
+    """One outer iteration. Also a mapping: ``record['k']``, ``dict(record)``.
+
+    Attributes:
+        k: number of the iteration, from 0.
+        outer_loss, inner_loss: f and g on the batches at hand after the inner steps, before the
+            outer step.
+        hypergrad_norm: Euclidean norm of the hypergradient.
+        outer_step, inner_step: alpha, and the beta of the last inner step.
+        outer_trials, inner_trials: evaluations by the line searches of this iteration; the inner
+            ones are summed over the inner steps.
+        inner_failures: inner searches without an acceptable step.
+        residual: relative residual of the linear system; None where there is none.
+        gradients, hessian_products, loss_evaluations, seconds: cost of the whole run so far.
+            Gradients and loss evaluations together count the calls of the two losses.
+        failure: None, or what went wrong in words.
+    """
+
+    k: int
+    outer_loss: float
+    inner_loss: float
+    hypergrad_norm: float
+    outer_step: float
+    inner_step: float
+    outer_trials: int
+    inner_trials: int
+    inner_failures: int
+    residual: float | None
+    gradients: int
+    hessian_products: int
+    loss_evaluations: int
+    seconds: float
+    failure: str | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(f"{name!r} is not in a record, which has {', '.join(self.keys())}")
+        return getattr(self, name)
+
+    def keys(self) -> list[str]:
+        return [f.name for f in fields(self)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of :func:`bilevel.solve`.
+
+    Attributes:
+        x, y: the solution, in the structure that was given; a Module is the one that was given.
+        reason: why the run ended, in words.
+        history: one :class:`Record` per outer iteration.
+        state: to go on from, at the step level.
+    """
+
+    x: Variable
+    y: Variable
+    reason: str
+    history: list[Record]
+    state: Any

@@ -1,0 +1,196 @@
+"""Directions (which way) and step-size rules (how far): an update of either level is one of each.
+
+Both are frozen settings; what changes from call to call is passed in and returned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel.steps import armijo, envelope, polyak, schedule
+
+Reset = Literal["grow", "last", "fixed"]
+
+
+@dataclass
+class Line:
+    """phi(t) = loss(x + t d) on one fixed draw: all that a rule may see.
+
+    Attributes:
+        value: phi(0).   slope: phi'(0), negative on a descent direction.   phi: t -> phi(t).
+    """
+
+    value: Tensor
+    slope: Tensor
+    phi: Callable[[float], Tensor]
+
+
+class Move(NamedTuple):
+    """How far to go. ``last`` is to be passed to the next call of the rule."""
+
+    size: float | Tensor
+    last: float | None
+    trials: int = 0
+    failed: bool = False
+
+
+class Rule(Protocol):
+    def searches(self, last: float | None) -> bool:
+        """Whether the next call will evaluate phi."""
+
+    def __call__(self, line: Line, k: int, last: float | None) -> Move: ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """step / (k + 1)^decay, tuned by hand."""
+
+    step: float
+    decay: float = 0.0
+
+    def searches(self, last: float | None) -> bool:
+        return False
+
+    def __call__(self, line: Line, k: int, last: float | None) -> Move:
+        return Move(schedule(self.step, k, self.decay), last)
+
+
+@dataclass(frozen=True)
+class Armijo:
+    """Backtracking line search with slack, and the reset of its starting point.
+
+    Args:
+        initial: first step tried, > 0. The first search of a run brackets: it also grows, so
+            that the value hardly matters.
+        c: share of the predicted decrease asked for, in (0, 1).
+        slack: allowed increase relative to |phi(0)|, >= 0.
+        reset: where a search starts: 'grow': twice the last accepted step; 'last': that step,
+            which can only fall; 'fixed': ``initial`` again.
+        max_trials: after which the search has failed: no step is taken, and none remembered.
+
+    Reference: BiSLS (arXiv 2305.18666); the reset options are its options 3, 2 and 1.
+    """
+
+    initial: float = 1.0
+    c: float = 0.1
+    slack: float = 0.0
+    reset: Reset = "grow"
+    max_trials: int = 40
+
+    def searches(self, last: float | None) -> bool:
+        return True
+
+    def __call__(self, line: Line, k: int, last: float | None) -> Move:
+        value, slope = torch.stack([line.value, line.slope]).tolist()
+        if not (math.isfinite(value) and math.isfinite(slope)):
+            return Move(0.0, last, 0, failed=True)
+        if slope == 0:
+            return Move(0.0, last)
+        # near a solution the decrease falls below the rounding error of phi
+        rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
+        grow = None
+        if last is None or self.reset == "fixed":
+            start, grow = self.initial, 2.0 if self.reset != "fixed" else None
+        elif self.reset == "grow" and -2 * last * slope > rounding:
+            start = 2 * last
+        else:  # what cannot be seen in phi must not make the step grow
+            start = last
+        found = armijo(
+            lambda t: float(line.phi(t)),
+            value,
+            slope,
+            start,
+            c=self.c,
+            grow=grow,
+            slack=rounding + self.slack * abs(value),
+            max_trials=self.max_trials,
+        )
+        if not found.accepted:
+            return Move(0.0, last, found.trials, failed=True)
+        return Move(found.step, found.step, found.trials)
+
+
+@dataclass(frozen=True)
+class Polyak:
+    """min{max{lower_k, (phi(0) - lower_bound) / (c |phi'(0)|)}, upper_k}, the step of BiSPS.
+
+    Both bounds fall like 1/sqrt(k+1), whatever steps were taken. ``upper=None`` measures it by
+    one line search in the first iteration.
+
+    Args:
+        lower_bound: of the loss; 0 for losses that cannot be negative.
+        c: scale; at least 1/2 for convergence.
+        lower, upper: bounds at k = 0; ``lower`` relative to ``upper`` where that is measured.
+    """
+
+    lower_bound: float = 0.0
+    c: float = 1.0
+    lower: float = 0.0
+    upper: float | None = None
+
+    def searches(self, last: float | None) -> bool:
+        return self.upper is None and last is None
+
+    def __call__(self, line: Line, k: int, last: float | None) -> Move:
+        upper, trials = self.upper, 0
+        if upper is None:
+            if last is None:
+                measured = Armijo()(line, k, None)
+                last, trials = measured.last, measured.trials
+            upper = last if last is not None else 0.0
+        lower = self.lower * upper if self.upper is None else self.lower
+        step = polyak(line.value - self.lower_bound, -line.slope, self.c)
+        size = envelope(step, schedule(lower, k), schedule(upper, k))
+        return Move(torch.where(line.slope < 0, size, 0.0), last, trials)
+
+
+class Moments(NamedTuple):
+    """Moving averages of the gradient and its square, and their number of terms."""
+
+    m: Tensor | None
+    v: Tensor | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Steepest:
+    """d = -g."""
+
+    def __call__(self, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+        return -g, moments
+
+
+@dataclass(frozen=True)
+class Adam:
+    """d = -A^{-1} m with A = diag(sqrt(v) + eps), both averages corrected for their start.
+
+    The averages are updated once per iteration, before the search. ``eps`` is relative to the
+    largest entry of sqrt(v), so that the direction does not depend on the scale of the loss.
+    Where d does not descend it is replaced by -A^{-1} g.
+
+    Reference: Kingma & Ba 2015; Vaswani et al. 2020 for Armijo in this norm.
+    """
+
+    beta1: float = 0.0
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __call__(self, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+        m = torch.zeros_like(g) if moments.m is None else moments.m
+        v = torch.zeros_like(g) if moments.v is None else moments.v
+        n = moments.count + 1
+        # the square is taken of g / scale to survive underflow where the loss is tiny
+        m = torch.lerp(g, m, self.beta1)
+        v = torch.lerp(g * g, v, self.beta2)
+        root = (v / (1 - self.beta2**n)).sqrt()
+        A = root + (self.eps * root.max()).clamp_min(torch.finfo(g.dtype).tiny)
+        d = -(m / (1 - self.beta1**n)) / A
+        if self.beta1 > 0:
+            d = torch.where(torch.dot(g, d) < 0, d, -g / A)
+        return d, Moments(m, v, n)

@@ -1,0 +1,241 @@
+"""The only loop of the package."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel import checkpoint as files
+from bilevel.data import Cycle
+from bilevel.layout import Variable
+from bilevel.methods import PRESETS, Method, State
+from bilevel.problem import Problem, make_oracle
+from bilevel.progress import Bar
+from bilevel.randomness import all_generators, restore_generators
+from bilevel.record import Record, Result
+from bilevel.validate import validated
+
+MAX_FAILURES = 10  # outer searches that fail one after the other before the run gives up
+
+
+def solve(
+    outer: Callable[..., torch.Tensor],
+    inner: Callable[..., torch.Tensor],
+    x: Variable,
+    y: Variable,
+    *,
+    outer_data: Any = None,
+    inner_data: Any = None,
+    method: str | Method = "bisls-adam",
+    data: Any = None,
+    steps: int = 100,
+    inner_steps: int = 10,
+    warm_start: bool = True,
+    project: Callable[[Any], Any] | None = None,
+    tol: float | None = None,
+    callback: Callable[[State, Record], bool | None] | None = None,
+    progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 100,
+    compile: bool = False,
+    seed: int | None = None,
+) -> Result:
+    """min_x f(x, y*(x)) with y*(x) = argmin_y g(x, y), without learning rates.
+
+    Args:
+        outer, inner: f and g: ``loss(x, y, batch)``, or ``loss(x, y)`` where that level has no
+            data; each returns a 0-dim tensor.
+        x, y: where to start. Each a tensor, a nest of dict / list / tuple of floating tensors, or
+            a Module, which is called inside the losses as usual (``y(x(images))``). Trees are not
+            modified; a Module ends holding the solution.
+        outer_data, inner_data: re-iterables of batches (a DataLoader, a list), cycled.
+        method: 'bisls-adam', 'bisls-sgd', 'bisps', 'adam', 'sgd', or an object made by
+            :func:`bisls`, :func:`bisps` or :func:`fixed`.
+        data: instead of the two, an iterable of (outer_batch, inner_batch) pairs, one per outer
+            iteration, for episodic problems.
+        steps: outer iterations, >= 0. inner_steps: inner steps in each, >= 1.
+        warm_start: False: y starts afresh from the given y in every outer iteration.
+        project: to the feasible set of x, applied to every trial (a Module: dict of parameters).
+        tol: stop when the norm of the hypergradient is at most this.
+        callback: called with (state, record) after every iteration; True stops.
+        progress: a bar on stderr; None: where that is a terminal.
+        checkpoint: path of a file that is rewritten, atomically, every ``checkpoint_every``
+            iterations and at the end; with ``resume``, a run goes on from it if it exists, to the
+            same result bit for bit.
+        compile: compile the two losses with torch.compile; falls back, with a warning.
+        seed: of torch's generators. Same seed, same machine, same bits.
+
+    Returns:
+        A :class:`Result`: x, y, reason, history, state. Numerical failure (a loss that is not
+        finite, a search that keeps failing) and an interrupt from the keyboard end the run with
+        their reason and the last good x and y.
+
+    Raises:
+        TypeError, ValueError: misuse, before any work is lost.
+
+    Example:
+        >>> import torch, bilevel
+        >>> A, b = torch.eye(2), torch.tensor([1.0, 2.0])
+        >>> inner = lambda x, y: ((A @ y - b) ** 2).sum() + x.exp() * (y**2).sum()
+        >>> outer = lambda x, y: ((y - torch.tensor([0.5, 1.0])) ** 2).sum()
+        >>> result = bilevel.solve(outer, inner, torch.tensor(-2.0), torch.zeros(2), steps=50)
+        >>> round(float(result.x), 2)  # y* = b / (1 + e^x) meets the target at x = 0
+        0.0
+
+    Reference: Fan et al. 2023 (arXiv 2305.18666).
+    """
+    method = _method(method)
+    _check_counts(steps, inner_steps, checkpoint_every, tol)
+    if data is not None and (outer_data is not None or inner_data is not None):
+        raise ValueError(
+            "data was given together with outer_data or inner_data; data replaces both: it "
+            "yields (outer_batch, inner_batch) pairs."
+        )
+    if resume and checkpoint is None:
+        raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
+    if seed is not None:
+        torch.manual_seed(seed)
+    problem = Problem(outer, inner, project, compile)
+    state = method.init(x, y)
+    oracle = make_oracle(problem, *state.layouts)
+    source = _Source(outer_data, inner_data, data, inner_steps, method.hypergradient.batches)
+    start = state.vectors[1]
+
+    history: list[Record] = []
+    resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
+    if resumed:
+        assert checkpoint is not None
+        saved = files.load(checkpoint)
+        state, history = files.unpack(saved, state)
+        source.load_state_dict(saved["source"])
+        restore_generators(saved["generators"], state.vectors[0].device)
+    batches = source.next() if state.k < steps else None
+    if not resumed and batches is not None:
+        state = validated(oracle, state, batches[0], batches[1][0])
+
+    def write() -> None:
+        if checkpoint is not None:
+            saved = files.pack(state, history)
+            saved["source"] = position
+            saved["generators"] = generators
+            files.save(checkpoint, saved)
+
+    reason = f"all {steps} steps were taken"
+    bar = Bar(steps, progress, state.k)
+    position, generators = source.state_dict(), all_generators(state.vectors[0].device)
+    try:
+        while state.k < steps:
+            if not warm_start:
+                state = replace(state, vectors=(state.vectors[0], start))
+            good = state
+            if batches is None:
+                batches = source.next()
+            state, record = method.step(problem, state, *batches)
+            batches = None
+            history.append(record)
+            position, generators = source.state_dict(), all_generators(state.vectors[0].device)
+            bar.update(record)
+            if record.failure is not None and (
+                state.failures == 0 or state.failures >= MAX_FAILURES
+            ):
+                reason = f"stopped at iteration {record.k}: {record.failure}"
+                if state.failures:
+                    reason += f", {state.failures} iterations in a row"
+                break
+            if callback is not None and callback(state, record):
+                reason = f"the callback stopped the run at iteration {record.k}"
+                break
+            if tol is not None and record.failure is None and record.hypergrad_norm <= tol:
+                reason = (
+                    f"the hypergradient's norm {record.hypergrad_norm:.3g} is at most tol = {tol:g}"
+                )
+                break
+            if checkpoint is not None and state.k % checkpoint_every == 0:
+                write()
+    except KeyboardInterrupt:
+        state = state if state.k == len(history) else good
+        reason = f"interrupted from the keyboard at iteration {state.k}"
+    finally:
+        bar.close()
+    write()
+    return Result(state.x, state.y, reason, history, state)
+
+
+class _Source:
+    """The batches of one outer iteration: (outer batch, inner batches, Hessian batches)."""
+
+    def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int, hessian: int) -> None:
+        self._cycles = {
+            name: Cycle(data, name)
+            for name, data in (("outer_data", outer), ("inner_data", inner), ("data", pairs))
+            if data is not None
+        }
+        self._steps, self._hessian = steps, hessian
+
+    def next(self) -> tuple[Any, list[Any], list[Any] | None]:
+        if "data" in self._cycles:
+            outer, inner = _pair(self._cycles["data"].next())
+            return outer, [inner] * self._steps, [inner]
+        outer = self._cycles["outer_data"].next() if "outer_data" in self._cycles else None
+        if "inner_data" not in self._cycles:
+            return outer, [None] * self._steps, None
+        cycle = self._cycles["inner_data"]
+        return outer, cycle.take(self._steps), cycle.take(self._hessian)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: cycle.state_dict() for name, cycle in self._cycles.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if sorted(state) != sorted(self._cycles):
+            raise ValueError(
+                f"the checkpoint was written with {', '.join(sorted(state)) or 'no data'}, but "
+                f"{', '.join(sorted(self._cycles)) or 'no data'} was given; resume with the data "
+                f"of the interrupted run."
+            )
+        for name, cycle in self._cycles.items():
+            cycle.load_state_dict(state[name])
+
+
+def _pair(pair: Any) -> tuple[Any, Any]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(
+            f"data gave a {type(pair).__name__}, but must give pairs (outer_batch, inner_batch); "
+            f"use outer_data and inner_data for two independent series of batches."
+        )
+    return pair[0], pair[1]
+
+
+def _method(method: str | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str) and method in PRESETS:
+        return PRESETS[method]()
+    names = ", ".join(repr(name) for name in PRESETS)
+    if isinstance(method, str):
+        near = difflib.get_close_matches(method.lower(), PRESETS, n=2, cutoff=0.4)
+        hint = f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+        raise ValueError(f"method={method!r} is not known{hint}; choose one of {names}.")
+    raise TypeError(
+        f"method={method!r} ({type(method).__name__}) is neither a name nor a method; choose one "
+        f"of {names}, or build one with bilevel.bisls(...), bisps(...) or fixed(...)."
+    )
+
+
+def _check_counts(steps: int, inner_steps: int, every: int, tol: float | None) -> None:
+    for name, value, least in (
+        ("steps", steps, 0),
+        ("inner_steps", inner_steps, 1),
+        ("checkpoint_every", every, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a whole number.")
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+    if tol is not None and not (isinstance(tol, int | float) and tol >= 0):
+        raise ValueError(f"tol={tol!r} must be a number >= 0, or None to take all steps.")

@@ -1,0 +1,129 @@
+"""The first look at a problem: every misuse that can be seen is told before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.problem import Draw, Oracle
+
+T = TypeVar("T")
+
+
+def describe(value: Any) -> str:
+    """A batch in words: ``(Tensor(64, 784) float32, Tensor(64) int64)``."""
+    if isinstance(value, Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{where}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        shown = ", ".join(describe(v) for v in value[:8]) + (", ..." if len(value) > 8 else "")
+        return f"({shown})" if isinstance(value, tuple) else f"[{shown}]"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)[:80]
+
+
+def _enriched(oracle: Oracle, level: str, batch: Any, call: Callable[[], T]) -> T:
+    """``call()``, whose exceptions come back with what the loss was given."""
+    try:
+        return call()
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError | ValueError) and "loss returned" in str(error):
+            raise  # already says all
+        if isinstance(error, TypeError) and "was given, but the" in str(error):
+            raise
+        given = [
+            f"{layout.name} = "
+            + (
+                type(layout.module).__name__
+                if layout.module is not None
+                else ", ".join(
+                    f"{p} {tuple(s)} {str(d).removeprefix('torch.')}"
+                    for p, s, d in zip(layout.paths, layout.shapes, layout.dtypes, strict=True)
+                )
+            )
+            for layout in (oracle.x, oracle.y)
+        ]
+        if batch is not None:
+            given.append(f"batch = {describe(batch)}")
+        else:
+            given.append(f"no batch, since {level}_data is None")
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"the {level} loss raised {type(error).__name__}: {error} -- it was called with "
+            f"{'; '.join(given)}. Check the shapes, types and devices that it expects."
+        ) from error
+
+
+def _refuse_statistics(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
+    """Buffers that a loss changes would change at every trial of a line search."""
+    held = {
+        f"{layout.name}.{name}": buffer
+        for layout in (oracle.x, oracle.y)
+        if layout.module is not None
+        for name, buffer in layout.module.named_buffers()
+    }
+    if not held:
+        return
+    before = {name: buffer.clone() for name, buffer in held.items()}
+    _enriched(oracle, level, draw.batch, lambda: oracle.value(level, x, y, draw))
+    changed = [name for name, buffer in held.items() if not torch.equal(buffer, before[name])]
+    with torch.no_grad():
+        for name in changed:
+            held[name].copy_(before[name])
+    if changed:
+        raise ValueError(
+            f"the {level} loss changes the buffers {', '.join(changed)} (running statistics of a "
+            f"normalisation layer?), and every trial of a step would change them again; call "
+            f".eval() on that layer, give it track_running_stats=False, or use GroupNorm or "
+            f"LayerNorm."
+        )
+
+
+def validated(oracle: Oracle, state: Any, outer_batch: Any, inner_batch: Any) -> Any:
+    """The state with a feasible x, after one evaluation of both losses and their gradients.
+
+    Raises:
+        TypeError, ValueError: a loss that cannot be called, is not a finite scalar, does not
+            depend on what it must, or changes buffers.
+    """
+    x, y = state.vectors
+    if oracle.problem.project is not None:
+        x = oracle.project(x)
+    shared = set(map(id, _parameters(oracle.x.module))) & set(map(id, _parameters(oracle.y.module)))
+    if shared:
+        raise ValueError(
+            f"x and y share {len(shared)} parameters, but each parameter can belong to one level "
+            f"only; freeze them in one of the two Modules, or copy the Module."
+        )
+    for level, batch in (("outer", outer_batch), ("inner", inner_batch)):
+        draw = Draw(batch)
+        _refuse_statistics(oracle, level, x, y, draw)
+        value, depends = _enriched(
+            oracle, level, batch, lambda lv=level, dr=draw: oracle.dependence(lv, x, y, dr)
+        )
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"the {level} loss is {float(value)} at the start; choose a start (or a batch) "
+                f"where it is finite."
+            )
+        for name, enters in zip("xy", depends, strict=True):
+            if not enters and not (level == "outer" and name == "x"):
+                raise ValueError(
+                    f"the {level} loss does not depend on {name}"
+                    + (" (y* would be the same for every x)" if (level, name) == ("inner", "x") else "")
+                    + f": no gradient flows back to it; look for detach(), no_grad(), .item() or "
+                    f"an argument that {level}(x, y) does not use."
+                )
+    return replace(state, vectors=(x, y), cost=replace(oracle.cost))
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else [p for p in module.parameters() if p.requires_grad]
+

@@ -1,0 +1,124 @@
+"""Curves and pictures as PNG files, without a display and without global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import require
+from .files import write
+
+#: Told apart by line, marker and lightness, so also in greyscale.
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v")
+COLOURS = ("#000000", "#c1440e", "#2a6ebb", "#6c9a2a", "#8a8a8a", "#b37ebe")
+
+
+def curves(
+    path: str | Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_y: bool = False,
+) -> Path:
+    """Draw curves over one pair of axes.
+
+    Args:
+        path: of the PNG file.
+        series: the points (xs, ys) of each curve by its name in the legend; a curve is broken
+            where y is not finite (on a logarithmic axis: not positive).
+        x_label, y_label: what the axes show, with the unit: "time [s]", "outer iteration".
+        title: above the axes.
+        log_y: a logarithmic y axis.
+    """
+    if not series:
+        raise ValueError("there are no curves to draw: series is empty")
+    for name, (xs, ys) in series.items():
+        if len(xs) != len(ys):
+            raise ValueError(f"curve {name!r} has {len(xs)} x values and {len(ys)} y values")
+    figure = _figure((6.4, 4.2))
+    axes = figure.add_subplot()
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        y = torch.as_tensor(ys, dtype=torch.float64).cpu()
+        drawn = y.isfinite() & ((y > 0) | (not log_y))
+        axes.plot(
+            torch.as_tensor(xs, dtype=torch.float64).tolist(),
+            torch.where(drawn, y, torch.nan).tolist(),
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=LINES[i % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            markevery=max(1, len(y) // 10),
+        )
+    if log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def image_grid(
+    path: str | Path,
+    images: Tensor,
+    labels: Sequence[Any] | Tensor,
+    title: str = "",
+    columns: int = 10,
+    limits: tuple[float, float] | None = None,
+) -> Path:
+    """Draw grey images in rows, each under its label, on one common scale that is shown beside.
+
+    Args:
+        path: of the PNG file.
+        images: shape (n, 1, height, width) or (n, height, width), e.g. ``dataset.pictures(x)``.
+        labels: n of them, written above the images.
+        title: above all.
+        columns: images per row.
+        limits: values drawn as black and as white; None: the smallest and largest at hand.
+    """
+    images = images.detach().float().cpu()
+    if images.ndim == 4 and images.shape[1] == 1:
+        images = images[:, 0]
+    if images.ndim != 3 or len(images) == 0 or len(labels) != len(images):
+        raise ValueError(
+            f"a picture needs images of shape (n, 1, height, width) and n labels, "
+            f"not {tuple(images.shape)} and {len(labels)} labels"
+        )
+    finite = images[images.isfinite()]
+    if limits is None:
+        limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = _figure((0.9 * columns + 1.2, 1.1 * rows + 0.6))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    shown = None
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, label in zip(grid, images, labels, strict=False):
+        shown = axes.imshow(image.tolist(), cmap="gray", vmin=limits[0], vmax=limits[1])
+        axes.set_title(str(label.item() if isinstance(label, Tensor) else label), fontsize=9)
+    figure.colorbar(shown, ax=list(grid), shrink=0.9, label="brightness")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
+def _figure(inches: tuple[float, float]) -> Any:
+    figure = require("matplotlib.figure", "drawing figures")
+    require("matplotlib.backends.backend_agg", "drawing figures")
+    return figure.Figure(figsize=inches, dpi=150, layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    path = Path(path)
+    write(path, content.getvalue())
+    return path

@@ -40,6 +40,9 @@ class Epochs(ABC):
             ...
         for batch in data:      # the next one, whole
             ...
+
+    Runs that are to see the same batches each take a new object, or one set back by
+    ``load_state_dict`` to the ``state_dict`` it had when new.
     """
 
     def __init__(self, seed: int) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tasks
 from tasks.__main__ import main
@@ -109,6 +110,17 @@ def test_a_preset_of_unknown_options_is_a_bug_of_the_task(folder):
     task.PRESETS["quick"]["strange"] = 1
     with pytest.raises(TypeError, match=r"'quick' of counting-things sets \['strange'\]"):
         main(["counting-things"])
+
+
+def test_the_seed_is_that_of_torch(folder, capsys):
+    import tasks.counting_things as task
+
+    task.run = lambda options: {"draw": torch.rand(()).item()}
+    drawn = []
+    for seed in ("1", "1", "2"):
+        assert main(["counting-things", "--seed", seed]) == 0
+        drawn.append(capsys.readouterr().out)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_quiet_says_nothing(folder, capsys):

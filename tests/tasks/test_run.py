@@ -141,6 +141,15 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_who_reads_while_a_file_is_written_has_it_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    write(path, b"old")
+    with path.open("rb") as reader:
+        write(path, b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
 def test_start_takes_the_options_that_matter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = Namespace(task="ridge", out=None, overwrite=False, quiet=True, seed=1)

@@ -129,8 +129,14 @@ class Implicit:
         error = torch.linalg.vector_norm(gyy_q - fy)
         residual = torch.where(norm > 0, error / norm, error)
 
+        fyq = torch.dot(fy, q)
+
         def respond(d: Tensor) -> tuple[Tensor, Follow]:
-            w = self.solver(product, -pull.forward(d), None)
+            c = -pull.forward(d)
+            w = self.solver(product, c, None)
+            # <f_y, w> and <q, c> are the same number but for the errors of the two solves; the
+            # smallest change of w, in the norm of g_yy, that makes them agree lies along q
+            w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
             drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
 
             def follow(t: float) -> Tensor | None:

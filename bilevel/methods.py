@@ -297,6 +297,9 @@ class _Inner:
 
 Direction = Literal["adam", "sgd"]
 
+# Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy
+DEFAULT = Implicit(ConjugateGradient(steps=20, rtol=0.1))
+
 
 def bisls(
     direction: Direction = "adam",
@@ -322,7 +325,8 @@ def bisls(
         slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
             response y(alpha) that the hypergradient differentiates.
         reset: where searches start: 'grow' (twice the last step), 'last', 'fixed'.
-        hypergradient: None: implicit with at most 10 conjugate gradient steps.
+        hypergradient: None: implicit, by conjugate gradients to a relative
+            residual of 0.1 in at most 20 steps.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`Method`.
         inner_solver: your own way to y, see :func:`bilevel.solve`.
 
@@ -336,7 +340,7 @@ def bisls(
     _require_choice("bisls", "response", response, ("tangent", "refine", "frozen"))
     return Method(
         f"bisls-{direction}",
-        hypergradient or Implicit(ConjugateGradient(steps=10, rtol=1e-3)),
+        hypergradient or DEFAULT,
         _direction("bisls", direction),
         Armijo(outer_step, slack=slack, reset=reset),
         Armijo(inner_step, reset=reset),
@@ -390,7 +394,7 @@ def bisps(
         )
     return Method(
         "bisps",
-        hypergradient or Implicit(ConjugateGradient(steps=10, rtol=1e-3)),
+        hypergradient or DEFAULT,
         Steepest(),
         Polyak(outer_lower_bound, c, lower, max_outer_step),
         Polyak(inner_lower_bound, c, 0.0, max_inner_step),
@@ -419,7 +423,7 @@ def fixed(
         _require_positive("fixed", name, step)
     return Method(
         direction,
-        hypergradient or Implicit(ConjugateGradient(steps=10, rtol=1e-3)),
+        hypergradient or DEFAULT,
         Adam(beta1=0.9) if direction == "adam" else _direction("fixed", direction),
         Fixed(outer_step, decay),
         Fixed(inner_step, decay),

@@ -78,7 +78,7 @@ class Armijo:
     """
 
     initial: float = 1.0
-    c: float = 0.1
+    c: float = 0.5
     slack: float = 0.0
     reset: Reset = "grow"
     max_trials: int = 40
@@ -90,7 +90,7 @@ class Armijo:
         value, slope = torch.stack([line.value, line.slope]).tolist()
         if not (math.isfinite(value) and math.isfinite(slope)):
             return Move(0.0, last, 0, failed=True)
-        if slope == 0:
+        if slope >= 0:
             return Move(0.0, last)
         # near a solution the decrease falls below the rounding error of phi
         rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
@@ -145,7 +145,9 @@ class Polyak:
                 last, trials = measured.last, measured.trials
             upper = last if last is not None else 0.0
         lower = self.lower * upper if self.upper is None else self.lower
-        step = polyak(line.value - self.lower_bound, -line.slope, self.c)
+        gap = line.value - self.lower_bound
+        # a loss below its bound says that the bound is not one: then only the ceiling counts
+        step = torch.where(gap < 0, torch.inf, polyak(gap, -line.slope, self.c))
         size = envelope(step, schedule(lower, k), schedule(upper, k))
         return Move(torch.where(line.slope < 0, size, 0.0), last, trials)
 

@@ -1,6 +1,8 @@
 """Bilevel optimization in PyTorch without learning rates."""
 
-from bilevel.hypergradient import FiniteDifference, Implicit, Unrolled
+from bilevel.api import check, hypergradient
+from bilevel.argmin import implicit
+from bilevel.hypergradients import FiniteDifference, Implicit, Unrolled
 from bilevel.linear import (
     ConjugateGradient,
     Identity,
@@ -8,7 +10,30 @@ from bilevel.linear import (
     Nystrom,
     StochasticNeumann,
 )
+from bilevel.loop import solve
 from bilevel.methods import Method, State, bisls, bisps, fixed
 from bilevel.problem import Problem
 from bilevel.record import Record, Result
-from bilevel.solve import solve
+
+__all__ = [
+    "ConjugateGradient",
+    "FiniteDifference",
+    "Identity",
+    "Implicit",
+    "Method",
+    "Neumann",
+    "Nystrom",
+    "Problem",
+    "Record",
+    "Result",
+    "State",
+    "StochasticNeumann",
+    "Unrolled",
+    "bisls",
+    "bisps",
+    "check",
+    "fixed",
+    "hypergradient",
+    "implicit",
+    "solve",
+]

@@ -67,6 +67,16 @@ def _norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
 
 
+def _is_false(flag: Tensor) -> bool:
+    """Whether the flag is seen to be false; under compile and vmap it cannot be seen."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return not bool(flag)
+    except RuntimeError:
+        return False
+
+
 @dataclass(frozen=True)
 class Neumann:
     """q = step * sum_{j < terms} (I - step g_yy)^j b.
@@ -205,9 +215,8 @@ class ConjugateGradient:
         active = rr > enough
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
-            if (b.device.type == "cpu" or i % 5 == 4) and not torch.compiler.is_compiling():
-                if not bool(active):
-                    break
+            if (b.device.type == "cpu" or i % 5 == 4) and _is_false(active):
+                break
             Hp = product(p)
             pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
             active = active & (pHp > eps * eps * pp) & torch.isfinite(pHp)

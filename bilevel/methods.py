@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.hypergradient import Estimate, Follow, Hypergradient, Implicit, InnerStep
+from bilevel.hypergradients import Estimate, Follow, Hypergradient, Implicit, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.linear import ConjugateGradient
@@ -257,7 +257,11 @@ class Method:
 
         def phi(t: float) -> Tensor:
             xt, yt = reach(t)
-            return torch.full_like(value, math.inf) if yt is None else oracle.value("outer", xt, yt, outer)
+            return (
+                torch.full_like(value, math.inf)
+                if yt is None
+                else oracle.value("outer", xt, yt, outer)
+            )
 
         if response == "refine":  # base and trial on the same map y(t), or no t may do
             value = phi(0.0)
@@ -268,7 +272,9 @@ def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: floa
     return oracle.value("inner", x, y - t * gy, draw)
 
 
-def _failure(value: float, inner_value: float, norm: float, finite: float, move: Move) -> str | None:
+def _failure(
+    value: float, inner_value: float, norm: float, finite: float, move: Move
+) -> str | None:
     for what, number in (
         ("the outer loss", value),
         ("the inner loss", inner_value),
@@ -335,7 +341,9 @@ def bisls(
     for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
         _require_positive("bisls", name, step)
     if not 0 <= slack < math.inf:
-        raise ValueError(f"bisls(slack={slack!r}): the slack must be a number >= 0; 0 is the default.")
+        raise ValueError(
+            f"bisls(slack={slack!r}): the slack must be a number >= 0; 0 is the default."
+        )
     _require_choice("bisls", "reset", reset, ("grow", "last", "fixed"))
     _require_choice("bisls", "response", response, ("tangent", "refine", "frozen"))
     return Method(
@@ -375,7 +383,11 @@ def bisps(
 
     Reference: Fan et al. 2023 (arXiv 2305.18666), eqs. (10), (11).
     """
-    for name, step in (("max_outer_step", max_outer_step), ("max_inner_step", max_inner_step), ("c", c)):
+    for name, step in (
+        ("max_outer_step", max_outer_step),
+        ("max_inner_step", max_inner_step),
+        ("c", c),
+    ):
         if step is not None:
             _require_positive("bisps", name, step)
     if min_outer_step is not None and max_outer_step is None:

@@ -95,7 +95,9 @@ class _Pair(nn.Module):
         if y.module is not None:
             self.y = y.module
 
-    def forward(self, loss: Callable[..., Tensor], x: Any, y: Any, batch: tuple[Any, ...]) -> Tensor:
+    def forward(
+        self, loss: Callable[..., Tensor], x: Any, y: Any, batch: tuple[Any, ...]
+    ) -> Tensor:
         return loss(getattr(self, "x", x), getattr(self, "y", y), *batch)
 
 
@@ -261,7 +263,9 @@ class Pullback:
             return _gradients(gxy, (u,), d, retain_graph=True)[0]
 
 
-def _gradients(output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor | None = None, **options: bool) -> tuple[Tensor, ...]:
+def _gradients(
+    output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor | None = None, **options: bool
+) -> tuple[Tensor, ...]:
     """torch.autograd.grad with zeros where an input does not enter."""
     if not output.requires_grad:
         return tuple(torch.zeros_like(i) for i in inputs)

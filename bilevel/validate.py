@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -86,14 +85,13 @@ def _refuse_statistics(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: D
         )
 
 
-def validated(oracle: Oracle, state: Any, outer_batch: Any, inner_batch: Any) -> Any:
-    """The state with a feasible x, after one evaluation of both losses and their gradients.
+def validated(oracle: Oracle, x: Tensor, y: Tensor, outer_batch: Any, inner_batch: Any) -> Tensor:
+    """A feasible x, after one evaluation of both losses and their gradients.
 
     Raises:
         TypeError, ValueError: a loss that cannot be called, is not a finite scalar, does not
             depend on what it must, or changes buffers.
     """
-    x, y = state.vectors
     if oracle.problem.project is not None:
         x = oracle.project(x)
     shared = set(map(id, _parameters(oracle.x.module))) & set(map(id, _parameters(oracle.y.module)))
@@ -117,13 +115,16 @@ def validated(oracle: Oracle, state: Any, outer_batch: Any, inner_batch: Any) ->
             if not enters and not (level == "outer" and name == "x"):
                 raise ValueError(
                     f"the {level} loss does not depend on {name}"
-                    + (" (y* would be the same for every x)" if (level, name) == ("inner", "x") else "")
+                    + (
+                        " (y* would be the same for every x)"
+                        if (level, name) == ("inner", "x")
+                        else ""
+                    )
                     + f": no gradient flows back to it; look for detach(), no_grad(), .item() or "
                     f"an argument that {level}(x, y) does not use."
                 )
-    return replace(state, vectors=(x, y), cost=replace(oracle.cost))
+    return x
 
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else [p for p in module.parameters() if p.requires_grad]
-

@@ -85,8 +85,8 @@ def solve(
         >>> inner = lambda x, y: ((A @ y - b) ** 2).sum() + x.exp() * (y**2).sum()
         >>> outer = lambda x, y: ((y - torch.tensor([0.5, 1.0])) ** 2).sum()
         >>> result = bilevel.solve(outer, inner, torch.tensor(-2.0), torch.zeros(2), steps=50)
-        >>> round(float(result.x), 2)  # y* = b / (1 + e^x) meets the target at x = 0
-        0.0
+        >>> abs(float(result.x)) < 1e-2  # y* = b / (1 + e^x) meets the target at x = 0
+        True
 
     Reference: Fan et al. 2023 (arXiv 2305.18666).
     """
@@ -117,7 +117,8 @@ def solve(
         restore_generators(saved["generators"], state.vectors[0].device)
     batches = source.next() if state.k < steps else None
     if not resumed and batches is not None:
-        state = validated(oracle, state, batches[0], batches[1][0])
+        feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
+        state = replace(state, vectors=(feasible, start), cost=oracle.cost)
 
     def write() -> None:
         if checkpoint is not None:

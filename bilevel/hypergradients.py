@@ -243,7 +243,9 @@ class Unrolled:
     def keep(self) -> Literal["points", "graphs"]:
         return "points" if self.recompute else "graphs"
 
-    def descend(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, list[InnerStep]]:
+    def descend(
+        self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw
+    ) -> tuple[Tensor, list[InnerStep]]:
         """``window`` gradient steps from y and their path, for use alone."""
         size: float | Tensor
         if isinstance(self.step, str):

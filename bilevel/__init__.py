@@ -11,7 +11,8 @@ from bilevel.linear import (
     StochasticNeumann,
 )
 from bilevel.loop import solve
-from bilevel.methods import Method, State, bisls, bisps, fixed
+from bilevel.method import Method, State
+from bilevel.presets import bisls, bisps, fixed
 from bilevel.problem import Problem
 from bilevel.record import Record, Result
 

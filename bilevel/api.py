@@ -17,6 +17,7 @@ from bilevel.hypergradients import (
     FiniteDifference,
     Hypergradient,
     Implicit,
+    InnerStep,
     Unrolled,
 )
 from bilevel.layout import Layout, Variable, tree_map
@@ -123,7 +124,8 @@ def _estimate(
     inner_batches: Sequence[Any],
     method: Hypergradient,
 ) -> Estimate:
-    draws, path = [Draw(batch) for batch in inner_batches], []
+    draws = [Draw(batch) for batch in inner_batches]
+    path: list[InnerStep] = []
     if isinstance(method, Unrolled):
         y, path = method.descend(oracle, x, y, draws[0])
     return method.estimate(oracle, x, y, Draw(outer_batch), draws, path, None)

@@ -108,6 +108,6 @@ class _Argmin(torch.autograd.Function):
             parts = vector.split(sizes)
             return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
-        _, pullback = torch.func.vjp(ctx.gradient, xs, ys)
+        pullback = torch.func.vjp(ctx.gradient, xs, ys)[1]
         q = ctx.solver(lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents), None)
         return None, None, None, *(-part for part in pullback(unflat(q))[0])

@@ -15,7 +15,7 @@ from bilevel.record import Record
 from bilevel.rules import Moments
 
 if TYPE_CHECKING:
-    from bilevel.methods import State
+    from bilevel.method import State
 
 VERSION = 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def makes_optimizer(solver: Callable[..., Any]) -> bool:
     """Whether ``solver`` is a factory of one argument, rather than a solver(x, y, batches)."""
     if isinstance(solver, type) and issubclass(solver, torch.optim.Optimizer):
         return True
-    if isinstance(getattr(solver, "func", None), type):  # functools.partial of a class
-        return issubclass(solver.func, torch.optim.Optimizer)  # type: ignore[attr-defined]
+    if isinstance(solver, partial) and isinstance(solver.func, type):
+        return makes_optimizer(solver.func)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [
         p

@@ -13,7 +13,8 @@ import torch
 from bilevel import checkpoint as files
 from bilevel.data import Cycle
 from bilevel.layout import Variable
-from bilevel.methods import PRESETS, Method, State
+from bilevel.method import Method, State
+from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
 from bilevel.progress import Bar
 from bilevel.randomness import all_generators, restore_generators

@@ -73,7 +73,9 @@ class Draw:
             self._before = randomness.state()
             result = function()
             after = randomness.state()
-            self._random = any(not torch.equal(a, b) for a, b in zip(self._before, after))
+            self._random = any(
+                not torch.equal(a, b) for a, b in zip(self._before, after, strict=True)
+            )
             return result
         if not self._random:
             return function()

@@ -155,9 +155,9 @@ class Polyak:
 class Moments(NamedTuple):
     """Moving averages of the gradient and its square, and their number of terms."""
 
-    m: Tensor | None
-    v: Tensor | None
-    count: int
+    m: Tensor | None = None
+    v: Tensor | None = None
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Adam:
     def __call__(self, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
         m = torch.zeros_like(g) if moments.m is None else moments.m
         v = torch.zeros_like(g) if moments.v is None else moments.v
-        n = moments.count + 1
+        n = moments.n + 1
         # the square is taken of g / scale to survive underflow where the loss is tiny
         m = torch.lerp(g, m, self.beta1)
         v = torch.lerp(g * g, v, self.beta2)

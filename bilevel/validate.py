@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -104,7 +105,7 @@ def validated(oracle: Oracle, x: Tensor, y: Tensor, outer_batch: Any, inner_batc
         draw = Draw(batch)
         _refuse_statistics(oracle, level, x, y, draw)
         value, depends = _enriched(
-            oracle, level, batch, lambda lv=level, dr=draw: oracle.dependence(lv, x, y, dr)
+            oracle, level, batch, partial(oracle.dependence, level, x, y, draw)
         )
         if not torch.isfinite(value):
             raise ValueError(

@@ -1,0 +1,179 @@
+"""The methods by name: BiSLS, BiSPS and hand-tuned steps as settings of one :class:`Method`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from bilevel.hypergradients import Hypergradient, Implicit
+from bilevel.linear import ConjugateGradient
+from bilevel.method import Method
+from bilevel.rules import Adam, Armijo, Fixed, Polyak, Reset, Steepest
+
+Direction = Literal["adam", "sgd"]
+
+# Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy
+DEFAULT = Implicit(ConjugateGradient(steps=20, rtol=0.1))
+
+
+def bisls(
+    direction: Direction = "adam",
+    outer_step: float = 1.0,
+    inner_step: float = 1.0,
+    slack: float = 0.0,
+    reset: Reset = "grow",
+    hypergradient: Hypergradient | None = None,
+    *,
+    response: Literal["tangent", "refine", "frozen"] = "tangent",
+    inner_solver: Callable[..., Any] | None = None,
+) -> Method:
+    """BiSLS: a stochastic Armijo search at both levels (BiSLS-SGD, BiSLS-Adam).
+
+    Outer condition, with the direction d = -A^{-1} h of the hypergradient h:
+
+        f(x + alpha d, y(alpha)) <= f(x, y) + c alpha phi'(0) + slack |f(x, y)|
+
+    Args:
+        direction: 'adam' or 'sgd' (A = I). The inner direction is -g_y in both.
+        outer_step, inner_step: first steps tried, > 0. The first search also grows, so that any
+            value serves.
+        slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
+            response y(alpha) that the hypergradient differentiates.
+        reset: where searches start: 'grow' (twice the last step), 'last', 'fixed'.
+        hypergradient: None: implicit, by conjugate gradients to a relative
+            residual of 0.1 in at most 20 steps.
+        response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`Method`.
+        inner_solver: your own way to y, see :func:`bilevel.solve`.
+
+    Reference: Fan et al. 2023 (arXiv 2305.18666). The response 'tangent' is ours.
+    """
+    for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
+        _require_positive("bisls", name, step)
+    if not 0 <= slack < math.inf:
+        raise ValueError(
+            f"bisls(slack={slack!r}): the slack must be a number >= 0; 0 is the default."
+        )
+    _require_choice("bisls", "reset", reset, ("grow", "last", "fixed"))
+    _require_choice("bisls", "response", response, ("tangent", "refine", "frozen"))
+    return Method(
+        f"bisls-{direction}",
+        hypergradient or DEFAULT,
+        _direction("bisls", direction),
+        Armijo(outer_step, slack=slack, reset=reset),
+        Armijo(inner_step, reset=reset),
+        response,
+        inner_solver,
+    )
+
+
+def bisps(
+    max_outer_step: float | None = None,
+    max_inner_step: float | None = None,
+    min_outer_step: float | None = None,
+    hypergradient: Hypergradient | None = None,
+    *,
+    outer_lower_bound: float = 0.0,
+    inner_lower_bound: float = 0.0,
+    c: float = 1.0,
+    inner_solver: Callable[..., Any] | None = None,
+) -> Method:
+    """BiSPS: stochastic Polyak steps at both levels, under bounds that fall like 1/sqrt(k+1).
+
+        beta  = min{ (g - lower bound) / (c ||g_y||^2), max_inner_step_k }
+        alpha = min{ max{ min_outer_step_k, (f - lower bound) / (c ||h||^2) }, max_outer_step_k }
+
+    Args:
+        max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by one line search
+            in the first iteration.
+        min_outer_step: floor at k = 0; None: 1e-3 of ``max_outer_step``.
+        hypergradient: as for :func:`bisls`.
+        outer_lower_bound, inner_lower_bound: of the losses on any batch.
+        c: scale of the Polyak step, at least 1/2 for convergence.
+
+    Reference: Fan et al. 2023 (arXiv 2305.18666), eqs. (10), (11).
+    """
+    for name, step in (
+        ("max_outer_step", max_outer_step),
+        ("max_inner_step", max_inner_step),
+        ("c", c),
+    ):
+        if step is not None:
+            _require_positive("bisps", name, step)
+    if min_outer_step is not None and max_outer_step is None:
+        raise ValueError(
+            f"bisps(min_outer_step={min_outer_step!r}) without max_outer_step: the two bounds "
+            f"belong together; give both, or neither to have them measured."
+        )
+    if min_outer_step is None:
+        lower = 1e-3 * (max_outer_step or 1.0)
+    elif 0 <= min_outer_step <= (max_outer_step or 0):
+        lower = min_outer_step
+    else:
+        raise ValueError(
+            f"bisps(min_outer_step={min_outer_step!r}, max_outer_step={max_outer_step!r}): the "
+            f"floor must lie between 0 and the ceiling."
+        )
+    return Method(
+        "bisps",
+        hypergradient or DEFAULT,
+        Steepest(),
+        Polyak(outer_lower_bound, c, lower, max_outer_step),
+        Polyak(inner_lower_bound, c, 0.0, max_inner_step),
+        inner_solver=inner_solver,
+    )
+
+
+def fixed(
+    direction: Direction = "adam",
+    outer_step: float = 1e-2,
+    inner_step: float = 1e-1,
+    hypergradient: Hypergradient | None = None,
+    *,
+    decay: float = 0.0,
+    inner_solver: Callable[..., Any] | None = None,
+) -> Method:
+    """Hand-tuned steps at both levels: the baseline.
+
+    Args:
+        direction: 'adam' (momentum 0.9) or 'sgd' at the outer level; the inner one is -g_y.
+        outer_step, inner_step: > 0.
+        decay: steps fall like (k + 1)^-decay; 0 is constant, 0.5 the usual schedule.
+        hypergradient: as for :func:`bisls`.
+    """
+    for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
+        _require_positive("fixed", name, step)
+    return Method(
+        direction,
+        hypergradient or DEFAULT,
+        Adam(beta1=0.9) if direction == "adam" else _direction("fixed", direction),
+        Fixed(outer_step, decay),
+        Fixed(inner_step, decay),
+        inner_solver=inner_solver,
+    )
+
+
+PRESETS: dict[str, Callable[[], Method]] = {
+    "bisls-adam": partial(bisls, "adam"),
+    "bisls-sgd": partial(bisls, "sgd"),
+    "bisps": bisps,
+    "adam": partial(fixed, "adam"),
+    "sgd": partial(fixed, "sgd"),
+}
+
+
+def _direction(owner: str, direction: str) -> Steepest | Adam:
+    _require_choice(owner, "direction", direction, ("adam", "sgd"))
+    return Adam() if direction == "adam" else Steepest()
+
+
+def _require_positive(owner: str, name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{owner}({name}={value!r}): {name} must be a positive, finite number.")
+
+
+def _require_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}({name}={value!r}): {name} must be one of {listed}.")

@@ -17,6 +17,9 @@ Direction = Literal["adam", "sgd"]
 # Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy
 DEFAULT = Implicit(ConjugateGradient(steps=20, rtol=0.1))
 
+# Little momentum and a bounded preconditioner: a searched step needs a direction of descent
+SEARCHED_ADAM = Adam(beta1=0.5, beta2=0.999, eps=1e-2, normalised=True)
+
 
 def bisls(
     direction: Direction = "adam",
@@ -49,6 +52,7 @@ def bisls(
 
     Reference: Fan et al. 2023 (arXiv 2305.18666). The response 'tangent' is ours.
     """
+    _require_choice("bisls", "direction", direction, ("adam", "sgd"))
     for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
         _require_positive("bisls", name, step)
     if not 0 <= slack < math.inf:
@@ -60,7 +64,7 @@ def bisls(
     return Method(
         f"bisls-{direction}",
         hypergradient or DEFAULT,
-        _direction("bisls", direction),
+        SEARCHED_ADAM if direction == "adam" else Steepest(),
         Armijo(outer_step, slack=slack, reset=reset),
         Armijo(inner_step, reset=reset),
         response,
@@ -142,12 +146,13 @@ def fixed(
         decay: steps fall like (k + 1)^-decay; 0 is constant, 0.5 the usual schedule.
         hypergradient: as for :func:`bisls`.
     """
+    _require_choice("fixed", "direction", direction, ("adam", "sgd"))
     for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
         _require_positive("fixed", name, step)
     return Method(
         direction,
         hypergradient or DEFAULT,
-        Adam(beta1=0.9) if direction == "adam" else _direction("fixed", direction),
+        Adam() if direction == "adam" else Steepest(),
         Fixed(outer_step, decay),
         Fixed(inner_step, decay),
         inner_solver=inner_solver,
@@ -161,11 +166,6 @@ PRESETS: dict[str, Callable[[], Method]] = {
     "adam": partial(fixed, "adam"),
     "sgd": partial(fixed, "sgd"),
 }
-
-
-def _direction(owner: str, direction: str) -> Steepest | Adam:
-    _require_choice(owner, "direction", direction, ("adam", "sgd"))
-    return Adam() if direction == "adam" else Steepest()
 
 
 def _require_positive(owner: str, name: str, value: float) -> None:

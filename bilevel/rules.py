@@ -172,27 +172,34 @@ class Steepest:
 class Adam:
     """d = -A^{-1} m with A = diag(sqrt(v) + eps), both averages corrected for their start.
 
-    The averages are updated once per iteration, before the search. ``eps`` is relative to the
-    largest entry of sqrt(v), so that the direction does not depend on the scale of the loss.
-    Where d does not descend it is replaced by -A^{-1} g.
+    The averages are updated once per iteration, before the search. Where d does not descend it
+    is replaced by -A^{-1} g, so that what is tested is what is applied.
 
-    Reference: Kingma & Ba 2015; Vaswani et al. 2020 for Armijo in this norm.
+    Args:
+        beta1, beta2: of the moving averages of the gradient and of its square, in [0, 1).
+        eps: added to sqrt(v): as it is, or, if ``normalised``, times the largest entry of sqrt(v).
+        normalised: average g / ||g||. A search finds the length of the step by itself; a few
+            large early gradients would otherwise rule the averages for hundreds of iterations.
+
+    Reference: Kingma & Ba 2015; Vaswani et al. 2020 for Armijo in the norm of A^{-1}.
     """
 
-    beta1: float = 0.0
+    beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    normalised: bool = False
 
     def __call__(self, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+        if self.normalised:
+            g = g / torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
         m = torch.zeros_like(g) if moments.m is None else moments.m
         v = torch.zeros_like(g) if moments.v is None else moments.v
         n = moments.n + 1
-        # the square is taken of g / scale to survive underflow where the loss is tiny
         m = torch.lerp(g, m, self.beta1)
         v = torch.lerp(g * g, v, self.beta2)
         root = (v / (1 - self.beta2**n)).sqrt()
-        A = root + (self.eps * root.max()).clamp_min(torch.finfo(g.dtype).tiny)
+        A = root + (self.eps * root.max() if self.normalised else self.eps)
+        A = A.clamp_min(torch.finfo(g.dtype).tiny)
         d = -(m / (1 - self.beta1**n)) / A
-        if self.beta1 > 0:
-            d = torch.where(torch.dot(g, d) < 0, d, -g / A)
+        d = torch.where(torch.dot(g, d) < 0, d, -g / A)
         return d, Moments(m, v, n)

@@ -47,11 +47,14 @@ def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
     for _ in range(min(products, b.numel())):
         v = product(basis[-1])
         alphas.append(torch.dot(basis[-1], v))
+        noise = 8 * torch.finfo(b.dtype).eps * torch.linalg.vector_norm(v)
         Q = torch.stack(basis)
         for _ in range(2):  # twice is enough, once is not
             v = v - Q.T @ (Q @ v)
-        betas.append(torch.linalg.vector_norm(v))
-        basis.append(v / _norm(v))
+        beta = torch.linalg.vector_norm(v)
+        # where the Krylov space is exhausted, what is left is rounding without a direction
+        betas.append(torch.where(beta > noise, beta, 0.0))
+        basis.append(torch.where(beta > noise, v / _norm(v), 0.0))
     T = torch.diag(torch.stack(alphas))
     if len(betas) > 1:
         off = torch.stack(betas[:-1])

@@ -123,7 +123,7 @@ class Method:
         hessian = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q)
         d, moments = self.direction(h.grad, state.moments)
-        searches = self.outer_rule.searches(state.outer_last)
+        searches = self.outer_rule.searches(state.k, state.outer_last)
         line, reach = self._line(oracle, x, y, outer, hessian[0], h, d, inner, searches)
         move = self.outer_rule(line, state.k, state.outer_last)
         new_x, new_y = reach(move.size)

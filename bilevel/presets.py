@@ -89,8 +89,8 @@ def bisps(
         alpha = min{ max{ min_outer_step_k, (f - lower bound) / (c ||h||^2) }, max_outer_step_k }
 
     Args:
-        max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by one line search
-            in the first iteration.
+        max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by a line search in
+            the iterations 0, 1, 3, 7, 15, ...
         min_outer_step: floor at k = 0; None: 1e-3 of ``max_outer_step``.
         hypergradient: as for :func:`bisls`.
         outer_lower_bound, inner_lower_bound: of the losses on any batch.

@@ -41,8 +41,8 @@ class Move(NamedTuple):
 
 
 class Rule(Protocol):
-    def searches(self, last: float | None) -> bool:
-        """Whether the next call will evaluate phi."""
+    def searches(self, k: int, last: float | None) -> bool:
+        """Whether the call at iteration k will evaluate phi."""
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move: ...
 
@@ -54,7 +54,7 @@ class Fixed:
     step: float
     decay: float = 0.0
 
-    def searches(self, last: float | None) -> bool:
+    def searches(self, k: int, last: float | None) -> bool:
         return False
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
@@ -83,7 +83,7 @@ class Armijo:
     reset: Reset = "grow"
     max_trials: int = 40
 
-    def searches(self, last: float | None) -> bool:
+    def searches(self, k: int, last: float | None) -> bool:
         return True
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
@@ -120,13 +120,16 @@ class Armijo:
 class Polyak:
     """min{max{lower_k, (phi(0) - lower_bound) / (c |phi'(0)|)}, upper_k}, the step of BiSPS.
 
-    Both bounds fall like 1/sqrt(k+1), whatever steps were taken. ``upper=None`` measures it by
-    one line search in the first iteration.
+    Both bounds fall like 1/sqrt(k+1), whatever steps were taken. ``upper=None`` has it measured
+    by a line search in the iterations 0, 1, 3, 7, 15, ..., between which it falls so.
 
     Args:
         lower_bound: of the loss; 0 for losses that cannot be negative.
         c: scale; at least 1/2 for convergence.
         lower, upper: bounds at k = 0; ``lower`` relative to ``upper`` where that is measured.
+
+    Where the loss is at its bound or below and its gradient is not zero, the bound is not one, and
+    the step is the ceiling.
     """
 
     lower_bound: float = 0.0
@@ -134,20 +137,21 @@ class Polyak:
     lower: float = 0.0
     upper: float | None = None
 
-    def searches(self, last: float | None) -> bool:
-        return self.upper is None and last is None
+    def searches(self, k: int, last: float | None) -> bool:
+        return self.upper is None and (last is None or (k + 1) & k == 0)
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         upper, trials = self.upper, 0
         if upper is None:
-            if last is None:
-                measured = Armijo()(line, k, None)
-                last, trials = measured.last, measured.trials
+            if self.searches(k, last):
+                measured = Armijo()(line, k, None if last is None else last / math.sqrt(k + 1))
+                trials = measured.trials
+                if measured.last is not None:
+                    last = measured.last * math.sqrt(k + 1)
             upper = last if last is not None else 0.0
         lower = self.lower * upper if self.upper is None else self.lower
         gap = line.value - self.lower_bound
-        # a loss below its bound says that the bound is not one: then only the ceiling counts
-        step = torch.where(gap < 0, torch.inf, polyak(gap, -line.slope, self.c))
+        step = torch.where(gap <= 0, torch.inf, polyak(gap, -line.slope, self.c))
         size = envelope(step, schedule(lower, k), schedule(upper, k))
         return Move(torch.where(line.slope < 0, size, 0.0), last, trials)
 

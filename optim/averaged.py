@@ -1,0 +1,143 @@
+"""Steps on a base point z while the model lies at an average: what IAM and schedule-free share.
+
+Three points, of which two are stored: z, stepped by the rule; x, an average of the z, which is the
+result; and y = (1 - beta) z + beta x, where the gradient is taken. The parameters hold y in train
+mode and x in eval mode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optim.base import Optimizer
+from optim.blocks import Block, Group, precise, precise_copy
+from optim.rules import Memory
+from optim.vectors import Plain
+
+STORED = 0.3  # below this beta, x = z + (y - z) / beta loses digits (all, at 0), so x is stored
+
+
+class Averaged(Optimizer):
+    r"""Polyak steps of z seen from y, and the average x.
+
+    .. math::
+        N_t &= f_t(y_t) - \ell_t + \langle g_t, z_{t-1} - y_t \rangle, \qquad
+        z_t = z_{t-1} - \gamma_t (D_t^{-1} g_t + w y_t) \\
+        x_{t+1} &= (1 - c_{t+1}) x_t + c_{t+1} z_t, \qquad
+        y_{t+1} = (1 - \beta) z_t + \beta x_{t+1}
+
+    with D_t = I, or Adam's metric where the method has a ``beta2`` (arXiv 2511.07767, eq. (3),
+    remark 4.1 and algorithm 3). A method gives the rule and the weight c.
+    """
+
+    def _betas(self, group: Group) -> tuple[float, float | None]:
+        """(beta, beta2); beta2 None: the metric is the identity."""
+        raise NotImplementedError
+
+    def _average(self, s: Memory, group: Group) -> Tensor:
+        """c_{t+1}; ``s`` is already that of step t + 1."""
+        raise NotImplementedError
+
+    # -- the two points ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Parameters <- y, where gradients are taken; call it before training goes on."""
+        for group in self.param_groups:
+            if not group["train_mode"]:
+                self._swap(group, into_y=True)
+                group["train_mode"] = True
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Parameters <- x, the result; call it before evaluating or exporting the model."""
+        for group in self.param_groups:
+            if group["train_mode"]:
+                self._swap(group, into_y=False)
+                group["train_mode"] = False
+
+    def _swap(self, group: Group, into_y: bool) -> None:
+        beta, _ = self._betas(group)
+        for p in group["params"]:
+            kept = self.state.get(p)
+            if not kept:
+                continue
+            z, x = kept["z"], kept.get("x")
+            if x is not None:
+                p.copy_(torch.lerp(z, x, beta) if into_y else x)
+            elif beta < 1:
+                p.lerp_(z, 1 - beta if into_y else 1 - 1 / beta)
+
+    def _check_mode(self) -> None:
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}.step() was called in eval mode, where the parameters hold "
+                "the average and not the point of the gradient. Call optimizer.train() before the "
+                "forward pass of each training phase."
+            )
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def _first(self, group: Group, p: Tensor) -> dict[str, Tensor]:
+        beta, beta2 = self._betas(group)
+
+        kept = {"z": precise_copy(p)}
+        if beta2 is not None:
+            kept["v"] = torch.zeros_like(kept["z"])
+        if beta < STORED or precise(p.dtype) != p.dtype:
+            kept["x"] = precise_copy(p)
+        return kept
+
+    def _measure(self, do: type[Plain], block: Block) -> tuple[Tensor, ...]:
+        y, g = block.read()
+        z, group = block.state["z"], block.group
+        gap = [p - q for p, q in zip(z, y, strict=True)]
+        _, beta2 = self._betas(group)
+        if beta2 is None:
+            return do.dot(g, g), do.dot(g, gap)
+        v, k = block.state["v"], _next(block)
+        norm2 = do.adam_norm2(g, v, k, beta2, group["eps"])
+        # where ||g||^2 overflows, v would be inf for ever: 0 inf = NaN refuses the step
+        return norm2 + 0 * do.dot(g, g), do.dot(g, gap)
+
+    def _weights(self, group: Group, s: Memory, step: Tensor, ok: Tensor) -> Memory:
+        beta, _ = self._betas(group)
+        c = torch.where(ok, self._average(s, group), 0.0)
+        w = {"ok": ok, "step": step * group["lr"], "c": c}
+        w["decay"] = -(w["step"] * group["weight_decay"]).clamp(max=1.0)
+        if beta >= STORED:
+            w["into_x"] = ok.to(c) * (1 - 1 / beta)
+            w["from_x"] = torch.where(ok, 1 - beta * (1 - c), 0.0)
+        return w
+
+    def _move(self, do: type[Plain], block: Block, w: Memory) -> None:
+        y, g = block.read(again=True)
+        z, x, group = block.state["z"], block.state.get("x"), block.group
+        beta, beta2 = self._betas(group)
+        decay = [p.clone() for p in y] if group["weight_decay"] else None
+        if x is None and beta < 1:
+            do.lerp(y, z, w["into_x"])  # y <- x_t, while z is z_{t-1}
+        if decay is not None:
+            do.add(z, w["decay"], decay)
+        if beta2 is None:
+            do.descend(z, g, w["step"], w["ok"])
+        else:
+            v, k = block.state["v"], _next(block)
+            do.adam_descend(z, g, v, k, w["step"], w["ok"], beta2, group["eps"])
+        if x is None:  # y_{t+1} = x_t + (1 - beta (1 - c)) (z_t - x_t)
+            do.lerp(y, z, w["from_x"])
+        else:
+            do.lerp(x, z, w["c"])
+            for p, q, r in zip(y, z, x, strict=True):
+                torch.lerp(q, r, beta, out=p)
+        block.write(y)
+
+    def _reach(self, norm2: Tensor) -> Tensor:
+        _, beta2 = self._betas(self.param_groups[0])
+        return norm2.sqrt() if beta2 is None else torch.ones_like(norm2)
+
+
+def _next(block: Block) -> Tensor:
+    assert block.step is not None  # kept wherever v is
+    return block.step + 1

@@ -1,0 +1,285 @@
+"""What all methods share: how a step is asked for, measured, decided, taken and remembered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optim.blocks import Block, Cohort, Group, lay_out, wide
+from optim.rules import Decision, Memory
+from optim.vectors import Fast, Plain
+
+Scalar = float | int | Tensor
+Closure = Callable[[], Any]
+
+LONGEST = 1e18  # a longer step is an overflow, refused as inf would be
+
+
+class Last(NamedTuple):
+    """The last step, on the host.
+
+    Attributes:
+        step: its size (times the ``lr`` of the first group, 1 unless a scheduler set it).
+        numerator: the linearised gap; negative where the loss was below its bound.
+        denominator: squared norm of the gradient with its factors and safeguard.
+        active: why the step is not numerator / denominator: "" or some of "not finite",
+            "zero gradient", "below bound", "safeguard", "cap", joined by "+".
+    """
+
+    step: float
+    numerator: float
+    denominator: float
+    active: str
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose step size is one number for all groups, set by a rule.
+
+    A method gives its rule and, where it keeps vectors, their names and how they move. Measuring
+    only reads, deciding is scalar, moving writes: a refused step leaves no trace.
+    """
+
+    _vectors: tuple[str, ...] = ()  # kept per parameter
+    _memory: dict[str, float] = {}  # numbers kept by the rule, with their first values
+    _common: tuple[str, ...] = ()  # options that are one for all groups
+    _needs_loss = True
+
+    # Not state: found again from it where missing, so that copies and checkpoints need none of it.
+    _cohorts: list[Cohort] | None = None
+    _active: list[int] | None = None
+    _decision: Decision | None = None
+
+    def __init__(self, params: ParamsT, foreach: bool | None, **options: Any):
+        super().__init__(params, {"lr": 1.0, **options, "foreach": foreach is not False})
+
+    @property
+    def last(self) -> Last | None:
+        """The last step's numbers, None before the first; reading waits for the device."""
+        if self._decision is None:
+            return None
+        step, n, d, unguarded, cap = map(float, self._decision)
+        reasons = {
+            "not finite": not (math.isfinite(n) and math.isfinite(unguarded)),
+            "zero gradient": unguarded == 0,
+            "below bound": n < 0,
+            "safeguard": d > unguarded,
+            "cap": n > cap * d and unguarded > 0,
+        }
+        return Last(step, n, d, "+".join(word for word, yes in reasons.items() if yes))
+
+    # -- a method overrides these ------------------------------------------------------------------
+
+    def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
+        """The decision, and what to remember of it; a refused step is not remembered."""
+        raise NotImplementedError
+
+    def _measure(self, do: type[Plain], block: Block) -> tuple[Tensor, ...]:
+        """||g||^2, and <g, z - y> where there is a z."""
+        _, g = block.read()
+        return (do.dot(g, g),)
+
+    def _weights(self, group: Group, s: Memory, step: Tensor, ok: Tensor) -> Memory:
+        """The scalars of a group's move; ``s`` is already that of the next step."""
+        return {"step": step * group["lr"], "ok": ok}
+
+    def _move(self, do: type[Plain], block: Block, w: Memory) -> None:
+        """x <- x - step g."""
+        x, g = block.read(again=True)
+        do.descend(x, g, w["step"], w["ok"])
+        block.write(x)
+
+    def _reach(self, norm2: Tensor) -> Tensor:
+        """Length of a step of size 1, at most."""
+        return norm2.sqrt()
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Closure | None = None,
+        *,
+        loss: Scalar | None = None,
+        target: Scalar | None = None,
+    ) -> Any:
+        """Take one step; return the loss.
+
+        Args:
+            closure: clears gradients, computes the loss, calls ``backward()``, returns the loss.
+            loss: instead of a closure, the loss whose gradients are in ``.grad``: of the whole
+                batch, unscaled; a number or a tensor of one element.
+            target: the optimal value of the batch, or a lower bound of it; overrides
+                ``lower_bound``. A number or a tensor of one element, of any sign.
+
+        Raises:
+            ValueError: both or neither of ``closure`` and ``loss``; no target where there is no
+                default; a loss or target of more than one element.
+            RuntimeError: sparse gradients; a step in eval mode.
+        """
+        if closure is not None and loss is not None:
+            raise ValueError(
+                "step() got a closure and loss=, which may disagree. Give one of the two."
+            )
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._needs_loss and loss is None:
+            raise ValueError(
+                f"{type(self).__name__}.step() got no loss, and its step size depends on it. Call "
+                "step(loss=loss) after loss.backward(), or step(closure) with a closure that "
+                "returns the loss."
+            )
+        self._check_mode()
+        cohorts = self._lay_out()
+        if cohorts:
+            self._advance(cohorts, loss, target)
+        return loss
+
+    def _advance(self, cohorts: list[Cohort], loss: Scalar | None, target: Scalar | None) -> None:
+        blocks = [block for cohort in cohorts for block in cohort.blocks()]
+        home = blocks[0].device
+        excess = self._excess(loss, target, home)
+        s = self._remembered(home)
+        do = Fast if self._fast() else Plain
+
+        parts = [self._measure(do, block) for block in blocks]
+        norm2, *dots = (_total(part, home) for part in zip(*parts, strict=True))
+        gap = excess + sum(dots)
+        ok = torch.isfinite(gap) & torch.isfinite(norm2)
+
+        decision, new = self._rule(gap, norm2, s)
+        ok &= decision.step * self._reach(norm2) < LONGEST
+        step = torch.where(ok, decision.step, 0.0)
+        for name, value in new.items():  # in place: a captured graph knows only addresses
+            s[name].copy_(torch.where(ok, value, s[name]))
+        self._decision = decision._replace(step=step * self.param_groups[0]["lr"])
+
+        weights: dict[Any, Memory] = {}
+        for block in blocks:
+            key = id(block.group), block.device, block.dtype
+            if key not in weights:
+                w = self._weights(block.group, s, step, ok)
+                weights[key] = {n: t.to(block.device, block.dtype) for n, t in w.items()}
+            self._move(do, block, weights[key])
+        for cohort in cohorts:
+            if cohort.step is not None:
+                cohort.step.add_(ok.to(cohort.step))
+
+    def _check_mode(self) -> None:
+        """Methods with an average refuse to step in eval mode."""
+
+    def _fast(self) -> bool:
+        return self.param_groups[0]["foreach"] and not torch.compiler.is_compiling()
+
+    def _excess(self, loss: Scalar | None, target: Scalar | None, home: torch.device) -> Tensor:
+        """f - l; the loss alone (or 0) where a method has no bound."""
+        if not self._needs_loss:
+            return _scalar(0.0 if loss is None else loss, "loss", home)
+        if target is None:
+            target = self.param_groups[0].get("lower_bound")
+        if target is None:
+            raise ValueError(
+                f"{type(self).__name__}.step() got no target, and has no default for it. Pass "
+                "target=, the batch's loss at the solution (a teacher's loss, say), or use a "
+                "method that takes a lower bound, such as SafeguardedSPS."
+            )
+        assert loss is not None
+        return _scalar(loss, "loss", home) - _scalar(target, "target", home)
+
+    def _remembered(self, home: torch.device) -> Memory:
+        if not self._memory:
+            return {}
+        state: dict[Any, Any] = self.state  # with one name among the parameters, saved beside them
+        s = state["rule"]
+        if not s:
+            s.update({n: _scalar(v, n, home) for n, v in self._memory.items()})
+        return s
+
+    # -- parameters and state ----------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for key in self._common:
+            if param_group.get(key, self.defaults[key]) != self.defaults[key]:
+                raise ValueError(
+                    f"{name} got a group with {key}={param_group[key]!r}, but the step size is one "
+                    f"number for all groups ({key}={self.defaults[key]!r}). Give {key} to {name} "
+                    "itself; to move one group less, set its 'lr', a factor on the step."
+                )
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                raise ValueError(
+                    f"{name} got a complex parameter of shape {tuple(p.shape)}, which has no real "
+                    "inner product with its gradient. Keep torch.view_as_real(p) as the parameter "
+                    "and call torch.view_as_complex on it in the model."
+                )
+        self._cohorts = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the state keeps its own dtype: float32 beside bfloat16 parameters."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        indices = iter([i for group in state_dict["param_groups"] for i in group["params"]])
+        counts: dict[Any, Tensor] = {}
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                kept = {
+                    n: t.detach().to(p.device, copy=True)
+                    for n, t in saved.get(next(indices), {}).items()
+                }
+                if "step" in kept:  # equal counts are one again, see optim.blocks
+                    key = g, p.device, p.dtype, float(kept["step"])
+                    kept["step"] = counts.setdefault(key, kept["step"])
+                if kept:
+                    self.state[p] = kept
+        if "rule" in saved:
+            home, state = self.param_groups[0]["params"][0].device, cast(dict[Any, Any], self.state)
+            state["rule"] = {n: t.to(home, copy=True) for n, t in saved["rule"].items()}
+        self._cohorts = None
+
+    def _first(self, group: Group, p: Tensor) -> dict[str, Tensor]:
+        """The vectors kept for a parameter, at its first gradient."""
+        return {}
+
+    def _lay_out(self) -> list[Cohort]:
+        active = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{type(self).__name__} got a sparse gradient for a parameter of shape "
+                        f"{tuple(p.shape)}; its norm and average are dense. Use sparse=False in "
+                        "the embedding, or give that parameter to torch.optim.SparseAdam."
+                    )
+                active.append(p)
+        ids = [id(p) for p in active]
+        cohorts = self._cohorts
+        if cohorts is None or ids != self._active or not all(c.holds(self.state) for c in cohorts):
+            self._cohorts = cohorts = lay_out(
+                self.param_groups, self.state, set(ids), self._first, self._fast()
+            )
+            self._active = ids
+        return cohorts
+
+
+def _total(parts: tuple[Tensor, ...], home: torch.device) -> Tensor:
+    return torch.stack([part.to(home) for part in parts]).sum(dtype=wide(home))
+
+
+def _scalar(value: Scalar, name: str, home: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=wide(home), device=home)
+    if value.numel() != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, but one step has one {name}. Pass its mean or "
+            "sum: the number whose gradient was taken."
+        )
+    return value.detach().to(home, wide(home)).reshape(())

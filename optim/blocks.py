@@ -1,0 +1,225 @@
+"""Where the numbers of a step lie: parameters, gradients and state, as lists for the kernels.
+
+A *cohort* is a set of parameters that have been stepped together so far: same group, device and
+dtype, and one shared count ``step`` of the gradients they have seen. Cohorts only ever split (when
+some of their parameters miss a gradient), so that Adam's bias correction is right for every one of
+them and still costs one scalar.
+
+A *block* is what the kernels see at a time. On an accelerator, and in the plain version, a block is
+a whole cohort, tensor by tensor. On the CPU, list kernels are loops in disguise and large arrays
+leave the cache between two of them; there a block is a piece of a large tensor, or a pack of small
+ones whose state lies side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optim.vectors import Vector
+
+PIECE = 1 << 17  # elements of a CPU block: a handful of such arrays fits the cache of a core
+SMALL = 1 << 14  # tensors below this many elements are packed
+
+Group = dict[str, Any]
+Count: TypeAlias = "Tensor | None"  # gradients seen by a cohort, where a method needs to know
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the state: that of the parameter, float32 for bfloat16 and float16."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Dtype of the scalars: float64, which Apple's GPU does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def precise_copy(p: Tensor) -> Tensor:
+    """A contiguous copy of a parameter in the dtype of the state."""
+    return p.detach().to(precise(p.dtype), copy=True, memory_format=torch.contiguous_format)
+
+
+class Block:
+    """Lists of equal length: parameters, gradients, and state by name (``z``, ``v``, ``x``...)."""
+
+    def __init__(self, group: Group, step: Count, params: Vector, state: dict[str, Vector]):
+        self.group, self.step, self.params, self.state = group, step, params, state
+        self.device, self.dtype = params[0].device, precise(params[0].dtype)
+
+    def read(self, again: bool = False) -> tuple[Vector, Vector]:
+        """(y, g) in the dtype of the state; ``again``: the gradients have not changed since."""
+        y = [p.detach() for p in self.params]
+        return self._cast(y), self._cast([_gradient(p) for p in self.params])
+
+    def write(self, y: Vector) -> None:
+        """Parameters <- y; nothing where ``y`` is the parameters themselves."""
+        if self.params[0].dtype != self.dtype:
+            for p, q in zip(self.params, y, strict=True):
+                p.copy_(q)
+
+    def _cast(self, tensors: Vector) -> Vector:
+        return [t if t.dtype == self.dtype else t.to(self.dtype) for t in tensors]
+
+
+class Piece(Block):
+    """A piece of one large contiguous tensor: flat views of everything."""
+
+    def __init__(self, group: Group, step: Count, p: Tensor, g: Tensor, state: dict[str, Vector]):
+        super().__init__(group, step, [p], state)
+        self.g = g
+
+    def read(self, again: bool = False) -> tuple[Vector, Vector]:
+        return self._cast(self.params), self._cast([self.g])
+
+
+class Pack(Block):
+    """Small (or oddly strided) tensors, gathered for the step and scattered after it."""
+
+    def __init__(self, group: Group, step: Count, params: Vector, states: list[dict[str, Tensor]]):
+        self.sizes = [p.numel() for p in params]
+        self.views: dict[str, Vector] = {}
+        state = {}
+        for name in _names(states[0]):
+            flat = torch.cat([s[name].reshape(-1) for s in states])
+            parts = flat.split(self.sizes)
+            self.views[name] = [t.view(p.shape) for t, p in zip(parts, params, strict=True)]
+            for s, view in zip(states, self.views[name], strict=True):
+                s[name] = view
+            state[name] = [flat]
+        super().__init__(group, step, params, state)
+        self.states = states
+        self.g: Tensor | None = None
+
+    def holds(self) -> bool:
+        """Whether the state in the optimizer is still the one that lies here."""
+        return all(
+            s[name] is view
+            for name, views in self.views.items()
+            for s, view in zip(self.states, views, strict=True)
+        )
+
+    def read(self, again: bool = False) -> tuple[Vector, Vector]:
+        if self.g is None or not again:
+            self.g = torch.cat([_gradient(p).reshape(-1) for p in self.params]).to(self.dtype)
+        y = torch.cat([p.detach().reshape(-1) for p in self.params])
+        return [y.to(self.dtype)], [self.g]
+
+    def write(self, y: Vector) -> None:
+        parts = y[0].split(self.sizes)
+        shaped = [t.view(p.shape) for t, p in zip(parts, self.params, strict=True)]
+        torch._foreach_copy_(self.params, shaped)
+        self.g = None
+
+
+class Cohort:
+    """Parameters stepped together, laid out in blocks; see the module."""
+
+    def __init__(self, group: Group, params: Vector, states: list[dict[str, Tensor]], flat: bool):
+        self.group, self.step = group, states[0].get("step")
+        self.params, self.states = params, states
+        self.packs: list[Pack] = []
+        self.large: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.whole: Block | None = None
+        if not flat:
+            lists = {name: [s[name] for s in states] for name in _names(states[0])}
+            self.whole = Block(group, self.step, params, lists)
+            return
+        pack: list[tuple[Tensor, dict[str, Tensor]]] = []
+        filled = 0
+        for p, s in zip(params, states, strict=True):
+            if p.numel() >= SMALL and p.is_contiguous() and _gradient(p).is_contiguous():
+                self.large.append((p, s))
+                continue
+            if pack and filled + p.numel() > PIECE:
+                self._close(pack)
+                pack, filled = [], 0
+            pack.append((p, s))
+            filled += p.numel()
+        if pack:
+            self._close(pack)
+
+    def _close(self, pack: list[tuple[Tensor, dict[str, Tensor]]]) -> None:
+        params, states = zip(*pack, strict=True)
+        self.packs.append(Pack(self.group, self.step, list(params), list(states)))
+
+    def holds(self, state: Mapping[Any, Any]) -> bool:
+        """Whether this layout is still that of the optimizer's state and of the gradients."""
+        if self.states[0] and state.get(self.params[0]) is not self.states[0]:
+            return False
+        if self.whole is not None:
+            return all(
+                s[name] is t
+                for name, ts in self.whole.state.items()
+                for s, t in zip(self.states, ts, strict=True)
+            )
+        return all(pack.holds() for pack in self.packs) and all(
+            p.is_contiguous() and _gradient(p).is_contiguous() for p, _ in self.large
+        )
+
+    def blocks(self) -> Iterator[Block]:
+        if self.whole is not None:
+            yield self.whole
+        yield from self.packs
+        for p, s in self.large:
+            names = _names(s)
+            flat = [p.detach(), _gradient(p)] + [s[name] for name in names]
+            for y, g, *state in zip(*(t.view(-1).split(PIECE) for t in flat), strict=True):
+                lists = {name: [t] for name, t in zip(names, state, strict=True)}
+                yield Piece(self.group, self.step, y, g, lists)
+
+
+def lay_out(
+    groups: list[Group],
+    state: dict[Any, Any],
+    active: set[int],
+    first: Callable[[Group, Tensor], dict[str, Tensor]],
+    fast: bool,
+) -> list[Cohort]:
+    """The cohorts of the active parameters (by id), splitting those that were broken up.
+
+    ``first`` gives the vectors of a parameter that is met for the first time.
+    """
+    idle = {
+        id(state[p]["step"])
+        for group in groups
+        for p in group["params"]
+        if id(p) not in active and "step" in state.get(p, {})
+    }
+    members: dict[Any, tuple[Group, Vector, list[dict[str, Tensor]]]] = {}
+    counts: dict[Any, Tensor] = {}
+    for i, group in enumerate(groups):
+        for p in group["params"]:
+            if id(p) not in active:
+                continue
+            kept = state.get(p) or first(group, p)
+            if kept:
+                state[p] = kept
+            if "v" in kept:
+                count = kept.get("step")
+                if count is None:
+                    key: Any = i, p.device, p.dtype
+                    zero = torch.zeros((), dtype=wide(p.device), device=p.device)
+                    kept["step"] = counts.setdefault(key, zero)
+                elif id(count) in idle:
+                    kept["step"] = counts.setdefault(id(count), count.clone())
+            key = i, p.device, p.dtype, id(kept.get("step"))
+            _, params, states = members.setdefault(key, (group, [], []))
+            params.append(p)
+            states.append(kept)
+    return [
+        Cohort(group, params, states, fast and params[0].device.type == "cpu")
+        for group, params, states in members.values()
+    ]
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None  # only parameters with a gradient are laid out
+    return p.grad
+
+
+def _names(state: dict[str, Tensor]) -> list[str]:
+    return [name for name in state if name != "step"]

@@ -39,11 +39,14 @@ def _require_step(owner: str, step: float | str) -> None:
 def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
     """A bound, 0-dim, on the |eigenvalues| of g_yy that a series started at ``b`` meets.
 
-    Lanczos from ``b`` with full orthogonalisation: the largest Ritz value plus the norm of its
+    Lanczos from near ``b`` with full orthogonalisation: the largest Ritz value plus the norm of its
     residual. A power iteration alone approaches the largest eigenvalue from below and gives steps
     that are too long; this bound errs to the safe side. Costs ``products`` products at most.
     """
-    basis, alphas, betas = [b / _norm(b)], [], []
+    # a direction that b lacks comes back with rounding, and would grow: look at all of them
+    everywhere = torch.arange(b.numel(), dtype=torch.float64, device=b.device).square().cos().to(b)
+    start = b / _norm(b) + everywhere / (2 * _norm(everywhere))
+    basis, alphas, betas = [start / _norm(start)], [], []
     for _ in range(min(products, b.numel())):
         v = product(basis[-1])
         alphas.append(torch.dot(basis[-1], v))

@@ -243,6 +243,17 @@ def test_auto_step_never_diverges(n, power, scale, seed, clustered):
         last = residual
 
 
+@pytest.mark.parametrize("stiff", [3.0, 10.0, 100.0])
+@pytest.mark.parametrize("share", [1e-3, 1e-9, 0.0])
+def test_auto_step_sees_what_the_right_side_lacks(stiff, share):
+    """f_y without a component along the stiffest direction: rounding brings it in, and it grows
+    by |1 - nu L| at every term. A step from the Krylov space of f_y alone diverges here."""
+    system = System([stiff, *np.geomspace(1.0, 0.1, 19)], b=[share] + [1.0] * 19)
+    for terms in (100, 1000):
+        q = system.solve(Neumann(terms))
+        assert system.residual(q) <= (1 - 0.5 * 0.1 / stiff) ** terms
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_curvature_at_an_exhausted_space(seed):
     """Few distinct eigenvalues end Lanczos early; what rounding leaves must not count."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear import Neumann, Solver, _require_count, _require_step, curvature
-from bilevel.problem import Draw, Oracle, Pullback
+from bilevel.problem import Draw, Oracle, Products
 
 # along a direction d of x: the slope of f(x + t d, y(t)) at 0, and y(t), None where not to be had
 Follow = Callable[[float], "Tensor | None"]
@@ -31,7 +31,7 @@ class InnerStep(NamedTuple):
     y: Tensor
     draw: Draw
     size: float | Tensor
-    graph: Pullback | None
+    graph: Products | None
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Implicit:
     def batches(self) -> int:
         return getattr(self.solver, "batches", 1)
 
-    def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Any:
+    def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Products:
         return oracle.record(x, y, draw)
 
     def estimate(
@@ -114,7 +114,7 @@ class Implicit:
         del path
         value, fx, fy = oracle.outer_gradients(x, y, outer)
         pull = self._pullback(oracle, x, y, inner[0])
-        others: dict[int, Any] = {}
+        others: dict[int, Products] = {}
 
         def product(u: Tensor, j: int = 0) -> Tensor:
             if j % len(inner) == 0:
@@ -175,7 +175,7 @@ class FiniteDifference(Implicit):
                 f"(0, 1); leave it out to have the cube root of the machine precision."
             )
 
-    def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Any:
+    def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Products:
         eps = self.eps or torch.finfo(y.dtype).eps ** (1 / 3)
         return _Differences(oracle, x, y, draw, eps)
 

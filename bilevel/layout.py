@@ -31,8 +31,11 @@ def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 def rebuild(tree: Any, new: Iterator[Any]) -> Any:
     """A tree of the same structure whose leaves are taken from ``new`` in order."""
     if isinstance(tree, dict):
+        found = {key: rebuild(child, new) for key, child in tree.items()}
+        if type(tree) is dict:
+            return found
         out = copy.copy(tree)  # keeps the kind of dict
-        out.update((key, rebuild(child, new)) for key, child in tree.items())
+        out.update(found)
         return out
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):  # a NamedTuple
         return type(tree)(*(rebuild(child, new) for child in tree))

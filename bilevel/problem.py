@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +70,14 @@ class Draw:
 
     def evaluate(self, randomness: Randomness, function: Callable[[], Any]) -> Any:
         if self._before is None:
-            self._before = randomness.state()
-            result = function()
-            after = randomness.state()
-            self._random = any(
-                not torch.equal(a, b) for a, b in zip(self._before, after, strict=True)
-            )
+            before = randomness.state()
+            try:
+                result = function()
+            except BaseException:
+                randomness.restore(before)  # as if it had never been tried
+                raise
+            self._before, after = before, randomness.state()
+            self._random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
             return result
         if not self._random:
             return function()
@@ -133,27 +135,33 @@ class Oracle:
 
     # -- the losses ------------------------------------------------------------------------
 
-    def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        loss = self.problem.outer if level == "outer" else self.problem.inner
+    def _batch(self, level: str, draw: Draw) -> tuple[Any, ...]:
         takes = self._batched[level]
         if draw.batch is not None and takes is False:
             raise TypeError(
                 f"{level}_data was given, but the {level} loss takes no batch; "
                 f"write {level}(x, y, batch), or leave out {level}_data."
             )
-        batch = (draw.batch,) if takes or (takes is None and draw.batch is not None) else ()
+        return (draw.batch,) if takes or (takes is None and draw.batch is not None) else ()
+
+    def call(self, level: str, x: Tensor, y: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        """The loss as a pure function of two vectors and a batch."""
+        loss = self.problem.outer if level == "outer" else self.problem.inner
         X, Y = self.x.unflatten(x), self.y.unflatten(y)
+        if self._pair is None:
+            return loss(X, Y, *batch)
+        bound = {}
+        for name, layout, value in (("x", self.x, X), ("y", self.y, Y)):
+            if layout.module is not None:
+                bound.update({f"{name}.{key}": part for key, part in value.items()})
+        return functional_call(self._pair, bound, (loss, X, Y, batch))
 
-        def call() -> Tensor:
-            if self._pair is None:
-                return loss(X, Y, *batch)
-            bound = {}
-            for name, layout, value in (("x", self.x, X), ("y", self.y, Y)):
-                if layout.module is not None:
-                    bound.update({f"{name}.{key}": part for key, part in value.items()})
-            return functional_call(self._pair, bound, (loss, X, Y, batch))
+    def replayed(self, draw: Draw, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)`` with the randomness of the draw."""
+        return draw.evaluate(self._randomness, lambda: function(*args))
 
-        value = draw.evaluate(self._randomness, call)
+    def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        value = self.replayed(draw, self.call, level, x, y, self._batch(level, draw))
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise TypeError(
@@ -213,7 +221,7 @@ class Oracle:
             gx, gy = _gradients(value, (x, y))
         return value.detach(), gx, gy
 
-    def record(self, x: Tensor, y: Tensor, draw: Draw) -> Pullback:
+    def record(self, x: Tensor, y: Tensor, draw: Draw) -> Products:
         """g and g_y with the graph of g_y kept, from which every product comes."""
         return Pullback(self, x, y, draw)
 
@@ -224,12 +232,23 @@ class Oracle:
             return self.x.flatten(self.problem.project(tree_map(torch.clone, self.x.unflatten(x))))
 
 
-class Pullback:
-    """g_y at one point on one draw, recorded once: products cost about one gradient each.
+class Products(Protocol):
+    """Second derivatives of g at one point on one draw.
 
     Attributes:
         value: g, 0-dim.   gradient: g_y, shape of y.
     """
+
+    value: Tensor
+    gradient: Tensor
+
+    def product(self, u: Tensor) -> Tensor: ...  # g_yy u
+    def both(self, u: Tensor) -> tuple[Tensor, Tensor]: ...  # g_xy u, g_yy u
+    def forward(self, d: Tensor) -> Tensor: ...  # g_yx d
+
+
+class Pullback:
+    """:class:`Products` from one recorded graph of g_y: each costs about one gradient."""
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> None:
         self._cost = oracle.cost
@@ -299,4 +318,9 @@ def _takes_batch(loss: Callable[..., Any], level: str) -> bool | None:
 
 
 def make_oracle(problem: Problem, x: Layout, y: Layout) -> Oracle:
+    """The oracle that the problem asks for: plain, or through torch.compile."""
+    if problem.compile:
+        from bilevel.compiled import CompiledOracle  # torch.compile is slow to import
+
+        return CompiledOracle(problem, x, y)
     return Oracle(problem, x, y)

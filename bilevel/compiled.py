@@ -129,7 +129,7 @@ def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[st
     found = _cache.get(x)
     if found is None or found["for"] != (id(problem), id(y)):
         outer, inner = partial(oracle.call, "outer"), partial(oracle.call, "inner")
-        functions = {
+        functions: dict[str, Function] = {
             "outer": outer,
             "inner": inner,
             "outer_gradients": grad_and_value(outer, argnums=(0, 1)),

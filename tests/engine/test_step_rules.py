@@ -1,0 +1,314 @@
+"""Step-size rules on lines: bounds that are proven, paths that are computed by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilevel.rules import Adam, Armijo, Fixed, Line, Moments, Polyak, Steepest
+from bilevel.steps import armijo, envelope, polyak, schedule
+from tests.tables import t
+
+
+class Quadratic:
+    """f(x) = x'Hx/2 with largest curvature L, along the steepest descent from a random x."""
+
+    def __init__(self, seed, n=5, power=3.0):
+        rng = np.random.default_rng(seed)
+        self.lam = 10 ** rng.uniform(-power, power, n)
+        self.L = self.lam.max()
+        self.x = rng.standard_normal(n)
+        self.g = self.lam * self.x
+        self.norm2 = float(self.g @ self.g)
+        self.value = self.f(self.x)
+
+    def f(self, x):
+        return float(self.lam @ x**2) / 2
+
+    def phi(self, step):
+        return self.f(self.x - step * self.g)
+
+    def line(self):
+        return Line(t(self.value), t(-self.norm2), lambda step: t(self.phi(step)))
+
+
+def line_of(a, value=1.0):
+    """phi(s) = value - s + a s^2 / 2: with c = 1/2, accepted up to s = 1 / a."""
+    return Line(t(value), t(-1.0), lambda s: t(value - s + a * s * s / 2))
+
+
+seeds = st.integers(0, 2**31)
+exact = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@exact
+@given(
+    seed=seeds,
+    start=st.floats(1e-6, 1e6),
+    c=st.floats(0.01, 0.9),
+    shrink=st.floats(0.1, 0.9),
+)
+def test_armijo_lower_bound(seed, start, c, shrink):
+    """min{start, 2 shrink (1 - c) / L} <= step <= f / (c ||g||^2), and the condition holds."""
+    q = Quadratic(seed)
+    found = armijo(q.phi, q.value, -q.norm2, start, c=c, shrink=shrink, max_trials=1000)
+    assert found.accepted
+    assert found.step >= min(start, 2 * shrink * (1 - c) / q.L) * (1 - 1e-9)
+    assert found.step <= q.value / (c * q.norm2) * (1 + 1e-9)
+    assert found.value == q.phi(found.step) <= q.value - c * found.step * q.norm2
+    if found.trials > 1:  # the first trial on the grid that is accepted
+        refused = found.step / shrink
+        assert q.phi(refused) > q.value - c * refused * q.norm2 - 1e-12 * q.value
+        assert found.step == pytest.approx(start * shrink ** (found.trials - 1), rel=1e-9)
+    else:
+        assert found.step == start
+
+
+@exact
+@given(seed=seeds, c=st.floats(0.1, 5))
+def test_polyak_lower_bound(seed, c):
+    """(f - inf f) / (c ||g||^2) >= 1 / (2 c L), with equality along the stiffest direction."""
+    q = Quadratic(seed)
+    step = float(polyak(t(q.value), t(q.norm2), c))
+    assert step >= 1 / (2 * c * q.L) * (1 - 1e-12)
+    assert step == pytest.approx(q.value / (c * q.norm2), rel=1e-14)
+    lower_bound_below = float(polyak(t(q.value + 1), t(q.norm2), c))
+    assert lower_bound_below > step
+    x = np.zeros(5)
+    x[q.lam.argmax()] = 2.0
+    q.x, q.g = x, q.lam * x
+    stiff = float(polyak(t(q.f(x)), t(float(q.g @ q.g)), c))
+    assert stiff == pytest.approx(1 / (2 * c * q.L), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("gap", "norm2"),
+    [(-1.0, 2.0), (1.0, 0.0), (0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)],
+)
+def test_polyak_step_is_zero_where_it_is_not_defined(gap, norm2):
+    assert float(polyak(t(gap), t(norm2))) == 0.0
+
+
+@exact
+@given(step=st.floats(0, 10), lower=st.floats(0, 10), upper=st.floats(0, 10))
+def test_envelope(step, lower, upper):
+    assert float(envelope(t(step), lower, upper)) == min(max(lower, step), upper)
+    assert float(envelope(t(step), t(lower), t(upper))) == min(max(lower, step), upper)
+
+
+def test_schedule():
+    found = [schedule(3.0, k) for k in range(5)]
+    assert np.allclose(found, [3 / math.sqrt(k) for k in (1, 2, 3, 4, 5)], rtol=1e-15)
+    assert [schedule(3.0, k, 1) for k in range(3)] == [3.0, 1.5, 1.0]
+    assert schedule(3.0, 7, 0) == 3.0
+    assert [float(Fixed(2.0, 0.5)(line_of(1.0), k, None).size) for k in (0, 3)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_polyak_becomes_scheduled_sgd(seed):
+    """After k0 = (2 c L bound)^2 the step is the bound: SPSB is SGD with the schedule."""
+    q, c = Quadratic(seed, power=0.5), 1.3
+    bound = 20 / q.L
+    rule, k0 = Polyak(c=c, upper=bound), math.ceil((2 * c * q.L * bound) ** 2)
+    for k in (k0, k0 + 1, 10 * k0):
+        assert float(rule(q.line(), k, None).size) == bound / math.sqrt(k + 1)
+    early = float(rule(q.line(), 0, None).size)
+    assert early == pytest.approx(min(q.value / (c * q.norm2), bound), rel=1e-14)
+    assert early < bound
+
+
+def test_polyak_rule():
+    """min{max{lower_k, gap / (c |slope|)}, upper_k} in every regime, at k = 3: bounds halved."""
+    line = Line(t(5.0), t(-4.0), None)
+    rule = Polyak(lower_bound=3.0, c=2.0, lower=0.1, upper=1.0)
+    assert float(rule(line, 3, None).size) == 2 / (2 * 4)
+    assert float(Polyak(3.0, 2.0, 0.1, 0.2)(line, 3, None).size) == 0.1  # ceiling
+    assert float(Polyak(3.0, 2.0, 0.8, 2.0)(line, 3, None).size) == 0.4  # floor
+    # a loss below its bound: the bound is wrong, the ceiling alone counts
+    assert float(Polyak(9.0, 2.0, 0.1, 1.0)(line, 3, None).size) == 0.5
+    # no descent, no step
+    assert float(rule(Line(t(5.0), t(0.0), None), 3, None).size) == 0.0
+    assert float(rule(Line(t(5.0), t(math.nan), None), 3, None).size) == 0.0
+    # never NaN
+    assert math.isfinite(float(rule(Line(t(math.nan), t(-4.0), None), 3, None).size))
+
+
+def test_polyak_measures_its_ceiling():
+    """A line search at k = 0, 1, 3, 7 finds 2 = the largest power of two below 1/a = 3."""
+    rule, last, searched = Polyak(lower_bound=-1e9), None, []
+    for k in range(9):
+        assert rule.searches(k, last) == (k in (0, 1, 3, 7))
+        move = rule(line_of(1 / 3), k, last)
+        last = move.last
+        searched += [k] if move.trials else []
+        # the ceiling since the last measurement at m: 2 sqrt(m + 1) / sqrt(k + 1)
+        m = max(j for j in (0, 1, 3, 7) if j <= k)
+        factor = float(move.size) / (2 * math.sqrt((m + 1) / (k + 1)))
+        # a later search starts at the doubled ceiling, so it lands within a factor of two
+        assert 0.5 < factor <= 1.5 + 1e-9
+        assert float(move.size) <= 3 + 1e-9
+    assert searched == [0, 1, 3, 7]
+
+
+# -- the search -----------------------------------------------------------------------------------
+
+CURVATURES = [1 / 3, 1 / 3, 1.0, 1.0, 1 / 3, 1 / 3, 1 / 3]
+
+
+def path(rule, curvatures=CURVATURES):
+    last, steps, trials = None, [], []
+    for k, a in enumerate(curvatures):
+        move = rule(line_of(a), k, last)
+        assert not move.failed and move.last == move.size
+        last = move.last
+        steps.append(move.size)
+        trials.append(move.trials)
+    return steps, trials
+
+
+@pytest.mark.parametrize(
+    ("reset", "steps", "trials"),
+    [
+        # a search brackets at first: 16, 8, 4 are refused
+        ("grow", [2, 2, 1, 1, 2, 2, 2], [4, 2, 3, 2, 1, 2, 2]),
+        ("last", [2, 2, 1, 1, 1, 1, 1], [4, 1, 2, 1, 1, 1, 1]),
+        ("fixed", [2, 2, 1, 1, 2, 2, 2], [4, 4, 5, 5, 4, 4, 4]),
+    ],
+)
+def test_resets(reset, steps, trials):
+    """Steps of 1/3 and 1 curvature end at 2 and 1; 'grow' recovers at two trials, 'last' never."""
+    assert path(Armijo(16.0, reset=reset)) == (steps, trials)
+
+
+@pytest.mark.parametrize("initial", [2.0**p for p in range(-30, 30, 7)])
+def test_first_search_brackets(initial):
+    """Whatever the first step tried: within a factor of two of the best power."""
+    move = Armijo(initial)(line_of(1 / 3), 0, None)
+    assert 1.5 < move.size <= 3 and not move.failed
+    assert move.trials <= abs(math.log2(initial)) + 4
+    # but not the later ones, and not with a fixed start
+    assert Armijo(initial)(line_of(1 / 3), 1, 2**-9).size == 2**-8
+    fixed = Armijo(initial, reset="fixed")(line_of(1 / 3), 0, None)
+    assert fixed.size == min(initial, 2.0)
+
+
+def test_bracketing_stops_where_the_loss_rises():
+    """Accepted by Armijo, but past the minimum: the best trial is kept, not the longest."""
+    seen = []
+
+    def phi(s):
+        seen.append(s)
+        return {0.5: 0.8, 1.0: 0.5, 2.0: 0.6}[s]
+
+    found = armijo(phi, 1.0, -0.1, 0.5, c=0.1, grow=2.0)
+    assert (found.step, found.value, found.trials) == (1.0, 0.5, 3) and seen == [0.5, 1, 2]
+
+
+@pytest.mark.parametrize("last", [None, 0.7])
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1.1])
+def test_a_failed_search_is_not_remembered(last, bad):
+    seen = []
+
+    def phi(s):
+        seen.append(s)
+        return t(bad)
+
+    move = Armijo(max_trials=13)(Line(t(1.0), t(-1.0), phi), 5, last)
+    assert (move.size, move.last, move.trials, move.failed) == (0.0, last, 13, True)
+    assert len(seen) == 13 and len(set(seen)) == 13
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf])
+def test_a_trial_that_is_not_finite_is_refused(bad):
+    def phi(s):
+        return t(bad if s > 0.3 else 1 - s)
+
+    move = Armijo(1.0)(Line(t(1.0), t(-1.0), phi), 0, None)
+    assert (move.size, move.trials, move.failed) == (0.25, 3, False)
+    # growing into it keeps the last good one
+    move = Armijo(0.125)(Line(t(1.0), t(-1.0), phi), 0, None)
+    assert (move.size, move.trials, move.failed) == (0.25, 3, False)
+
+
+@pytest.mark.parametrize(("value", "slope"), [(math.nan, -1.0), (1.0, math.nan), (math.inf, -1.0)])
+def test_a_line_that_is_not_finite_fails_without_a_trial(value, slope):
+    move = Armijo()(Line(t(value), t(slope), None), 0, 0.7)
+    assert (move.size, move.last, move.trials, move.failed) == (0.0, 0.7, 0, True)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_no_descent_no_step(slope):
+    move = Armijo()(Line(t(1.0), t(slope), None), 0, 0.7)
+    assert (move.size, move.last, move.trials, move.failed) == (0.0, 0.7, 0, False)
+
+
+def test_slack():
+    """An increase of slack |phi(0)| is allowed, and no more."""
+    for value in (4.0, -4.0):
+        for excess, ok in ((0.39, True), (0.41, False)):
+            line = Line(t(value), t(-1e-9), lambda s, e=excess, v=value: t(v + e))
+            assert Armijo(slack=0.1, reset="fixed")(line, 0, None).failed != ok
+
+
+def test_rounding_is_forgiven_and_does_not_grow_the_step():
+    """At a solution the decrease drowns in rounding: accept, but never a longer step."""
+    line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 + 1e-16))
+    assert Armijo()(line, 3, 0.5) == (0.5, 0.5, 1, False)
+    line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 + 1e-14))
+    assert Armijo()(line, 3, 0.5).failed
+
+
+# -- directions -----------------------------------------------------------------------------------
+
+
+def test_adam_is_that_of_torch():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([x], lr=1.0, betas=(0.8, 0.95), eps=1e-3)
+    moments, ours = Moments(), torch.zeros(6, dtype=torch.float64)
+    for _ in range(20):
+        # one sign: momentum then always descends, and no fallback is taken
+        g = torch.rand(6, generator=rng, dtype=torch.float64) + 0.1
+        d, moments = Adam(0.8, 0.95, 1e-3)(g, moments)
+        ours = ours + d
+        x.grad = g.clone()
+        optimizer.step()
+        assert torch.allclose(ours, x.detach(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_adam_falls_back_where_momentum_ascends(normalised):
+    adam = Adam(0.9, 0.999, 1e-3, normalised)
+    g = t([1.0, -2.0])
+    moments = Moments()
+    for _ in range(4):
+        _, moments = adam(g, moments)
+    d, new = adam(-0.1 * g, moments)
+    assert float(torch.dot(-0.1 * g, d)) < 0
+    assert new.n == 5 and float(torch.dot(new.m, g)) > 0  # the average itself went on
+    assert torch.equal(torch.sign(d), torch.sign(g))
+
+
+def test_adam_direction_does_not_depend_on_the_scale():
+    rng = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(5, generator=rng, dtype=torch.float64) for _ in range(8)]
+    paths = []
+    for scale in (1.0, 1e-100, 1e-12, 3.0, 1e12, 1e100):
+        moments, path = Moments(), []
+        for g in gradients:
+            d, moments = Adam(0.5, 0.99, 1e-2, normalised=True)(scale * g, moments)
+            path.append(d)
+        paths.append(torch.stack(path))
+    for path in paths[1:]:
+        assert torch.allclose(path, paths[0], rtol=1e-10)
+    assert paths[0].abs().max() > 0.1
+
+
+def test_directions_of_a_zero_gradient():
+    zero = torch.zeros(3)
+    for direction in (Steepest(), Adam(), Adam(normalised=True)):
+        d, _ = direction(zero, Moments())
+        assert torch.equal(d.abs(), zero)

@@ -1,0 +1,158 @@
+"""Why the defaults are what they are: each choice beside its alternatives and a tuned grid."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import bilevel
+from benchmarks.problems import CASES
+from benchmarks.report import write
+from bilevel.method import Method
+from bilevel.presets import SEARCHED_ADAM
+from bilevel.rules import Adam, Armijo
+
+STEPS, INNER = 100, 10
+
+
+def cg(steps: int, rtol: float) -> bilevel.Implicit:
+    return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol))
+
+
+def variants() -> dict[str, Method]:
+    """The default of BiSLS-Adam with one thing changed at a time."""
+    default = bilevel.bisls("adam")
+
+    def armijo(**changes: object) -> Method:
+        return replace(default, outer_rule=replace(Armijo(), **changes))  # type: ignore[arg-type]
+
+    def adam(**changes: object) -> Method:
+        return replace(default, direction=replace(SEARCHED_ADAM, **changes))  # type: ignore[arg-type]
+
+    return {
+        "bisls-adam": default,
+        "bisls-sgd": bilevel.bisls("sgd"),
+        "bisps": bilevel.bisps(),
+        "response frozen": replace(default, response="frozen"),
+        "response refine": replace(default, response="refine"),
+        "response refine, slack 0.01": replace(armijo(slack=0.01), response="refine"),
+        "c = 0.1": armijo(c=0.1),
+        "slack 0.01": armijo(slack=0.01),
+        "reset last": armijo(reset="last"),
+        "reset fixed": armijo(reset="fixed"),
+        "start 1e-4": bilevel.bisls("adam", 1e-4, 1e-4),
+        "start 1e4": bilevel.bisls("adam", 1e4, 1e4),
+        "CG rtol 1e-3, 50 steps": bilevel.bisls("adam", hypergradient=cg(50, 1e-3)),
+        "CG 3 steps": bilevel.bisls("adam", hypergradient=cg(3, 0.1)),
+        "Neumann 10 terms": bilevel.bisls(
+            "adam", hypergradient=bilevel.Implicit(bilevel.Neumann(10))
+        ),
+        "beta1 = 0": adam(beta1=0.0),
+        "beta1 = 0.9": adam(beta1=0.9),
+        "eps = 1e-8": adam(eps=1e-8),
+        "not normalised": adam(normalised=False, eps=1e-8),
+        "plain Adam, beta1 = 0.9": replace(default, direction=Adam()),
+    }
+
+
+def grid() -> dict[str, Method]:
+    """Fixed steps: two directions, six outer and four inner steps."""
+    found = {}
+    for direction in ("adam", "sgd"):
+        for exponent in range(-3, 3):
+            for beta in (1e-2, 1e-1, 1.0, 10.0):
+                alpha = 10.0**exponent * (10 if direction == "sgd" else 1)
+                method = bilevel.fixed(direction, alpha, beta)  # type: ignore[arg-type]
+                found[f"{direction} {alpha:g} {beta:g}"] = method
+    return found
+
+
+def run(job: tuple[str, str, int]) -> dict[str, float]:
+    """One run of a named method on a named case."""
+    case, name, seed = job
+    torch.set_num_threads(1)
+    problem = CASES[case](seed)
+    method = (variants() | grid())[name]
+    start = time.perf_counter()
+    result = bilevel.solve(
+        problem.outer,
+        problem.inner,
+        problem.x,
+        problem.y,
+        method=method,
+        steps=STEPS,
+        inner_steps=INNER,
+        seed=seed,
+        **problem.data,
+    )
+    seconds = time.perf_counter() - start
+    value = problem.objective(result.x)
+    history = result.history
+    return {
+        "value": value if math.isfinite(value) else math.inf,
+        "seconds": seconds,
+        "trials": statistics.mean(r.outer_trials for r in history),
+        "failed": statistics.mean(r.failure is not None for r in history),
+        "gradients": history[-1].gradients,
+        "products": history[-1].hessian_products,
+    }
+
+
+def summary(case: str, name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
+    values = [r["value"] for r in runs]
+    return {
+        "problem": case,
+        "method": name,
+        "objective": statistics.mean(values),
+        "worst seed": max(values),
+        "trials": statistics.mean(r["trials"] for r in runs),
+        "failed": statistics.mean(r["failed"] for r in runs),
+        "gradients": statistics.mean(r["gradients"] for r in runs),
+        "products": statistics.mean(r["products"] for r in runs),
+        "seconds": statistics.mean(r["seconds"] for r in runs),
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--variants", nargs="*", default=list(variants()))
+    parser.add_argument("--no-grid", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(argv)
+    cells = [] if options.no_grid else list(grid())
+    jobs = [
+        (case, name, seed)
+        for case in options.cases
+        for name in [*options.variants, *cells]
+        for seed in range(options.seeds)
+    ]
+    with ProcessPoolExecutor(options.workers) as pool:
+        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    rows = []
+    for case in options.cases:
+
+        def runs(name: str, case: str = case) -> list[dict[str, float]]:
+            return [found[case, name, seed] for seed in range(options.seeds)]
+
+        rows += [summary(case, name, runs(name)) for name in options.variants]
+        if cells:
+            tuned = min((summary(case, name, runs(name)) for name in cells), key=_objective)
+            searched = sum(r["seconds"] for name in cells for r in runs(name)) / options.seeds
+            tuned["method"] = f"best of {len(cells)} fixed: {tuned['method']}"
+            rows.append(tuned | {"search seconds": searched})
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    write("defaults", [{name: row.get(name, "") for name in names} for row in rows])
+
+
+def _objective(row: dict[str, Any]) -> float:
+    return float(row["objective"])

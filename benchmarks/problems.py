@@ -1,0 +1,220 @@
+"""Bilevel problems with a metric that needs no trust: F(x) = f(x, y*(x)) on all outer data, the
+inner problem solved anew by L-BFGS or in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tasks.data import load
+
+
+@dataclass
+class Case:
+    """Arguments of ``bilevel.solve`` and the true objective at an x."""
+
+    outer: Callable[..., Tensor]
+    inner: Callable[..., Tensor]
+    x: Any
+    y: Any
+    objective: Callable[[Any], float]
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Shuffled:
+    """Minibatches of some tensors, in a new order in every pass."""
+
+    def __init__(self, *tensors: Tensor, size: int) -> None:
+        self.tensors, self.size = tensors, size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.randperm(len(self.tensors[0]))
+        for start in range(0, len(order) - self.size + 1, self.size):
+            picked = order[start : start + self.size]
+            yield tuple(t[picked] for t in self.tensors)
+
+
+def solved(inner: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """argmin of a smooth convex function by L-BFGS."""
+    y = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [y],
+        max_iter=400,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = inner(y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return y.detach()
+
+
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Flat images and labels of the training and validation parts."""
+    data = load("digits")
+    return tuple((part[0].flatten(1), part[1]) for part in (data.train, data.validation))  # type: ignore[return-value]
+
+
+def logits(y: Tensor, features: Tensor) -> Tensor:
+    return features @ y[:-1] + y[-1]
+
+
+def ridge(seed: int, condition: float = 100.0) -> Case:
+    """A penalty per feature; the spectrum of the data has the given condition number."""
+    g = torch.Generator().manual_seed(seed)
+    n, p = 60, 20
+    scale = torch.logspace(
+        0, -0.5 * float(torch.log10(torch.tensor(condition))), p, dtype=torch.float64
+    )
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    w, A, A2 = draw(p), draw(n, p) * scale, draw(n, p) * scale
+    b, b2 = A @ w + 0.5 * draw(n), A2 @ w + 0.5 * draw(n)
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return ((A @ y - b) ** 2).mean() / 2 + (x.exp() * y * y).sum() / 2
+
+    def outer(x: Tensor, y: Tensor) -> Tensor:
+        return ((A2 @ y - b2) ** 2).mean() / 2
+
+    def objective(x: Tensor) -> float:
+        return float(outer(x, torch.linalg.solve(A.T @ A / n + torch.diag(x.exp()), A.T @ b / n)))
+
+    zeros = torch.zeros(p, dtype=torch.float64)
+    return Case(outer, inner, zeros, zeros.clone(), objective)
+
+
+def quadratic(seed: int, condition: float = 10.0, size: int = 64) -> Case:
+    """Random coupled quadratics with minibatch noise in the linear terms of both levels."""
+    g = torch.Generator().manual_seed(seed)
+    n, d = 256, 30
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def spectrum(low: float) -> Tensor:
+        Q = torch.linalg.qr(draw(d, d)).Q
+        return Q @ torch.diag(torch.linspace(low, 1, d, dtype=torch.float64)) @ Q.T
+
+    H, P, C = spectrum(1 / condition), spectrum(0.1), 0.3 * draw(d, d) / d**0.5
+    noise_x, noise_y, target = 0.5 * draw(n, d), 0.5 * draw(n, d), draw(d)
+
+    def inner(x: Tensor, y: Tensor, batch: tuple[Tensor]) -> Tensor:
+        return y @ H @ y / 2 + x @ C @ y + batch[0].mean(0) @ y
+
+    def outer(x: Tensor, y: Tensor, batch: tuple[Tensor]) -> Tensor:
+        r = y - target
+        return r @ P @ r / 2 + 0.05 * (x @ x) + batch[0].mean(0) @ x + 3
+
+    def objective(x: Tensor) -> float:
+        y = -torch.linalg.solve(H, C.T @ x + noise_y.mean(0))
+        return float(outer(x, y, (noise_x,)))
+
+    zeros = torch.zeros(d, dtype=torch.float64)
+    data = {"outer_data": Shuffled(noise_x, size=size), "inner_data": Shuffled(noise_y, size=size)}
+    return Case(outer, inner, zeros, zeros.clone(), objective, data)
+
+
+def distillation(seed: int, size: int = 256, decay: float = 1e-3) -> Case:
+    """Ten learned images; a ridge-regularised logistic regression trained on them."""
+    train, _ = digits()
+    labels = torch.arange(10)
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits(y, x), labels) + decay / 2 * (y * y).sum()
+
+    def outer(x: Tensor, y: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits(y, batch[0]), batch[1])
+
+    def objective(x: Tensor) -> float:
+        y = solved(lambda y: inner(x, y), torch.zeros(65, 10))
+        return float(outer(x, y, train))
+
+    start = torch.rand(10, 64, generator=torch.Generator().manual_seed(seed))
+    return Case(
+        outer,
+        inner,
+        start,
+        torch.zeros(65, 10),
+        objective,
+        {"outer_data": Shuffled(*train, size=size)},
+    )
+
+
+def representation(seed: int, size: int = 128, decay: float = 1e-3) -> Case:
+    """Features of a small network, a linear head on top of them, minibatches at both levels."""
+    train, validation = digits()
+    g = torch.Generator().manual_seed(seed)
+    x = {
+        "W1": torch.randn(64, 32, generator=g) / 8,
+        "b1": torch.zeros(32),
+        "W2": torch.randn(32, 16, generator=g) / 32**0.5,
+        "b2": torch.zeros(16),
+    }
+
+    def features(x: dict[str, Tensor], images: Tensor) -> Tensor:
+        return F.relu(F.relu(images @ x["W1"] + x["b1"]) @ x["W2"] + x["b2"])
+
+    def outer(x: dict[str, Tensor], y: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits(y, features(x, batch[0])), batch[1])
+
+    def inner(x: dict[str, Tensor], y: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return outer(x, y, batch) + decay / 2 * (y * y).sum()
+
+    def objective(x: dict[str, Tensor]) -> float:
+        y = solved(lambda y: inner(x, y, train), torch.zeros(17, 10))
+        return float(outer(x, y, validation))
+
+    data = {
+        "outer_data": Shuffled(*validation, size=size),
+        "inner_data": Shuffled(*train, size=size),
+    }
+    return Case(outer, inner, x, torch.zeros(17, 10), objective, data)
+
+
+def cleaning(seed: int, size: int = 100, corrupted: float = 0.5, decay: float = 0.02) -> Case:
+    """A weight per training example, of which half have a label drawn at random."""
+    train, validation = digits()
+    g = torch.Generator().manual_seed(seed)
+    n = len(train[0])
+    wrong = torch.rand(n, generator=g) < corrupted
+    labels = torch.where(wrong, torch.randint(10, (n,), generator=g), train[1])
+    index = torch.arange(n)
+
+    def inner(x: Tensor, y: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        losses = F.cross_entropy(logits(y, batch[0]), batch[1], reduction="none")
+        return (x[batch[2]].sigmoid() * losses).mean() + decay / 2 * (y * y).sum()
+
+    def outer(x: Tensor, y: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits(y, batch[0]), batch[1])
+
+    def objective(x: Tensor) -> float:
+        y = solved(lambda y: inner(x, y, (train[0], labels, index)), torch.zeros(65, 10))
+        return float(outer(x, y, validation))
+
+    data = {"outer_data": [validation], "inner_data": Shuffled(train[0], labels, index, size=size)}
+    return Case(outer, inner, torch.zeros(n), torch.zeros(65, 10), objective, data)
+
+
+CASES: dict[str, Callable[[int], Case]] = {
+    "ridge, condition 1e2": ridge,
+    "ridge, condition 1e4": lambda seed: ridge(seed, 1e4),
+    "quadratic, noisy": quadratic,
+    "distillation, batch 256": distillation,
+    "distillation, batch 64": lambda seed: distillation(seed, 64),
+    "hyper-representation": representation,
+    "data cleaning": cleaning,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bilevel.problem import Cost
+from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.rules import Moments
 
@@ -66,9 +68,47 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+class Saver:
+    """Keeps what a checkpoint needs of the last finished iteration, and writes it when asked.
+
+    Args:
+        path: of the file; None: nothing is kept.
+        source: of the batches, with ``state_dict`` and ``load_state_dict``.
+        device: whose generators are saved beside those of the CPU.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, source: Any, device: torch.device):
+        self.path, self.source, self.device = path, source, device
+        self._noted: tuple[State, list[Record], int, Any, Any] | None = None
+
+    def exists(self) -> bool:
+        return self.path is not None and os.path.exists(self.path)
+
+    def note(self, state: State, history: list[Record]) -> None:
+        """The point to go on from; before the batches of the next iteration are drawn."""
+        if self.path is not None:
+            if hasattr(state.solver, "state_dict"):  # an optimizer, which changes in place
+                state = replace(state, solver=copy.deepcopy(state.solver.state_dict()))
+            position, generators = self.source.state_dict(), all_generators(self.device)
+            self._noted = state, history, len(history), position, generators
+
+    def write(self) -> None:
+        if self.path is not None and self._noted is not None:
+            state, history, count, position, generators = self._noted
+            content = pack(state, history[:count])
+            save(self.path, {**content, "source": position, "generators": generators})
+
+    def restore(self, state: State) -> tuple[State, list[Record]]:
+        assert self.path is not None
+        saved = load(self.path)
+        state, history = unpack(saved, state)
+        self.source.load_state_dict(saved["source"])
+        restore_generators(saved["generators"], self.device)
+        return state, history
+
+
 def pack(state: State, history: list[Record]) -> dict[str, Any]:
     """State and history as plain data."""
-    solver = state.solver
     return {
         "vectors": list(state.vectors),
         "paths": [layout.paths for layout in state.layouts],
@@ -76,7 +116,7 @@ def pack(state: State, history: list[Record]) -> dict[str, Any]:
         "last": [state.outer_last, state.inner_last],
         "moments": list(state.moments),
         "q": state.q,
-        "solver": solver.state_dict() if hasattr(solver, "state_dict") else solver,
+        "solver": state.solver,
         "cost": asdict(state.cost),
         "seconds": state.seconds,
         "failures": state.failures,

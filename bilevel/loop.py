@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,6 @@ from bilevel.method import Method, State
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
 from bilevel.progress import Bar
-from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record, Result
 from bilevel.validate import validated
 
@@ -108,40 +108,38 @@ def solve(
     source = _Source(outer_data, inner_data, data, inner_steps, method.hypergradient.batches)
     start = state.vectors[1]
 
+    saver = files.Saver(checkpoint, source, state.vectors[0].device)
     history: list[Record] = []
-    resumed = resume and checkpoint is not None and os.path.exists(checkpoint)
-    if resumed:
-        assert checkpoint is not None
-        saved = files.load(checkpoint)
-        state, history = files.unpack(saved, state)
-        source.load_state_dict(saved["source"])
-        restore_generators(saved["generators"], state.vectors[0].device)
-    batches = source.next() if state.k < steps else None
-    if not resumed and batches is not None:
+    if resume and saver.exists():
+        state, history = saver.restore(state)
+    saver.note(state, history)
+    batches = None
+    if state.k == 0 and steps > 0:
+        batches = source.next()
         feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
         state = replace(state, vectors=(feasible, start), cost=oracle.cost)
 
-    def write() -> None:
-        if checkpoint is not None:
-            saved = files.pack(state, history)
-            saved["source"] = position
-            saved["generators"] = generators
-            files.save(checkpoint, saved)
-
     reason = f"all {steps} steps were taken"
     bar = Bar(steps, progress, state.k)
-    position, generators = source.state_dict(), all_generators(state.vectors[0].device)
     try:
         while state.k < steps:
             if not warm_start:
                 state = replace(state, vectors=(state.vectors[0], start))
-            good = state
-            if batches is None:
-                batches = source.next()
-            state, record = method.step(problem, state, *batches)
+            try:
+                batches = batches or source.next()
+                state, record = method.step(problem, state, *batches)
+            except Exception as error:
+                if not history:
+                    raise
+                # hours of work are not thrown away for one bad batch
+                reason = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{reason}; the result holds the last good point.", RuntimeWarning, stacklevel=2
+                )
+                break
             batches = None
             history.append(record)
-            position, generators = source.state_dict(), all_generators(state.vectors[0].device)
+            saver.note(state, history)
             bar.update(record)
             if record.failure is not None and (
                 state.failures == 0 or state.failures >= MAX_FAILURES
@@ -158,14 +156,13 @@ def solve(
                     f"the hypergradient's norm {record.hypergrad_norm:.3g} is at most tol = {tol:g}"
                 )
                 break
-            if checkpoint is not None and state.k % checkpoint_every == 0:
-                write()
+            if state.k % checkpoint_every == 0:
+                saver.write()
     except KeyboardInterrupt:
-        state = state if state.k == len(history) else good
         reason = f"interrupted from the keyboard at iteration {state.k}"
     finally:
         bar.close()
-    write()
+    saver.write()
     return Result(state.x, state.y, reason, history, state)
 
 

@@ -293,10 +293,8 @@ def judge(task: Distillation, sets: Mapping[str, Sequence[Part]]) -> list[dict[s
 def train_by_adam(net: Net, part: Part, ridge: float, seed: tuple[int, ...]) -> Parameters:
     """A model from a random start by ``ADAM_STEPS`` of Adam on minibatches of at most 256."""
     source = batches(*part, size=256, seed=seed[-1], drop_last=True)
-    epochs = -(-ADAM_STEPS // len(source))
-    series = [batch for _ in range(epochs) for batch in source][:ADAM_STEPS]
 
     def loss(parameters: Parameters, images: Tensor, labels: Tensor) -> Tensor:
         return ridge_loss(net, images, labels, ridge)(parameters)
 
-    return adam(loss, net.start(*seed), series, lr=0.1 if net.convex else 5e-3)
+    return adam(loss, net.start(*seed), source, ADAM_STEPS, lr=0.1 if net.convex else 5e-3)

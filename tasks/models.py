@@ -6,8 +6,10 @@ A model here is ``net(parameters, images) -> logits`` with the parameters in a d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, repeat
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch.func import functional_call
 
 from bilevel.rules import Armijo, Line
 
-from .data.batches import generator
+from .data.batches import Epochs, generator
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
@@ -82,6 +84,14 @@ ARCHITECTURES: dict[str, Callable[[Shape, int], nn.Module]] = {
 }
 
 
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """torch's generator of the CPU, seeded by these numbers for the time being."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*seed).initial_seed())
+        yield
+
+
 @dataclass(frozen=True)
 class Net:
     """An architecture for images of one shape: a pure function, and its random starts.
@@ -113,8 +123,7 @@ class Net:
 
     def start(self, *seed: int) -> Parameters:
         """Fresh random parameters that depend on the seed alone, not on the device."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(*seed).initial_seed())
+        with seeded(*seed):
             module = ARCHITECTURES[self.name](self.shape, self.classes)
         return {key: p.detach().to(self.device) for key, p in module.named_parameters()}
 
@@ -201,14 +210,14 @@ def value_and_gradient(loss: Loss, point: Parameters) -> tuple[Tensor, Parameter
 
 
 def adam(
-    loss: Callable[..., Tensor], start: Parameters, batches: Iterable[tuple[Tensor, ...]], lr: float
+    loss: Callable[..., Tensor], start: Parameters, data: Epochs, steps: int, lr: float
 ) -> Parameters:
-    """Adam on loss(parameters, *batch), one step a batch, its step falling to zero linearly."""
+    """Adam on loss(parameters, *batch), its step falling from ``lr`` to zero linearly."""
     point = {key: value.detach().clone().requires_grad_() for key, value in start.items()}
-    series = list(batches)
     optimizer = torch.optim.Adam(point.values(), lr=lr)
-    for k, batch in enumerate(series):
-        optimizer.param_groups[0]["lr"] = lr * (1 - k / len(series))
+    endless = (batch for epoch in repeat(data) for batch in epoch)
+    for k, batch in enumerate(islice(endless, steps)):
+        optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
         optimizer.zero_grad()
         loss(point, *batch).backward()
         optimizer.step()

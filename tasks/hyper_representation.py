@@ -1,0 +1,207 @@
+"""Hyper-representation: learn features on which a linear head does well on images it never saw.
+
+    min_x  mean cross-entropy of the head  w*(x)  on validation images
+    w*(x) = argmin_w  mean cross-entropy on training images + ridge / 2 ||w||^2
+
+x are the features of LeNet, w the linear layer above them; both levels see minibatches. Whenever
+features are measured, the head is solved anew to its optimum: the numbers are those of F(x), not
+of a head that happens to lag behind.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bilevel
+
+from .__main__ import positive
+from .compare import (
+    METHODS,
+    Attempt,
+    Cell,
+    attempt,
+    best,
+    best_by_direction,
+    cells,
+    draw,
+    report_grid,
+)
+from .compare import add_arguments as add_grid
+from .data import Dataset, batches, load
+from .data.dataset import Part
+from .models import (
+    Net,
+    Parameters,
+    adam,
+    double,
+    lenet_features,
+    measure,
+    minimize,
+    ridge_loss,
+    seeded,
+)
+from .run import Run, progress, start
+
+SUMMARY = """Learn the features of LeNet such that a ridge-regularised linear head, trained on the
+training images, does well on validation images. Compares methods without learning rates with a
+grid of hand-tuned steps, in outer iterations, gradients and seconds."""
+
+PRESETS: dict[str, dict[str, object]] = {"default": {}, "quick": {"steps": 20, "grid": "none"}}
+STEPS = {"digits": 50, "mnist": 500, "fashion-mnist": 500}
+FEATURES = 84
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"those to run, of {', '.join(METHODS)}",
+    )
+    add("--ridge", type=float, default=1e-3, help="weight of the penalty on the head, > 0")
+    add("--batch", type=positive, default=256, help="images per batch, at both levels")
+    add("--inner-steps", type=positive, default=10, help="per outer iteration")
+    add(
+        "--head-images",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="training images on which the head is solved when features are measured, at most",
+    )
+    add_grid(parser)
+
+
+def run(options: Namespace) -> dict[str, Any]:
+    if not options.ridge > 0:
+        raise ValueError(f"--ridge must be positive, not {options.ridge}: the head is unique then")
+    options.steps = options.steps or STEPS[options.data]
+    data = load(options.data, options.root, options.device, download=options.download)
+    run = start(options)
+    task = Representation(data, options)
+
+    ours = [task.learn(run, name, METHODS[name]()) for name in dict.fromkeys(options.methods)]
+    grid = [
+        task.learn(run, str(cell), cell.method(), cell)
+        for cell in progress(cells(options.grid), desc="grid", quiet=options.quiet)
+    ]
+    tuned = best_by_direction(grid)
+    chosen = best(grid)
+
+    draw(run, [*ours, *tuned], f"hyper-representation, {options.data}")
+    references = {
+        "random features": task.begin(),
+        "ordinary training on the training images, Adam": task.ordinary(),
+    }
+    return run.summarize(
+        {
+            "data": repr(data),
+            "best cell of the grid": chosen.name if chosen else None,
+            "methods": [a.row() for a in [*ours, *tuned]],
+            "references": [
+                {"features": name, **task.measure(features)}
+                for name, features in references.items()
+            ],
+            "grid": report_grid(run, grid),
+        }
+    )
+
+
+class Representation:
+    """The problem: features, head, the two losses, and the measure of features."""
+
+    def __init__(self, data: Dataset, options: Namespace) -> None:
+        self.data, self.options = data, options
+        weight = torch.zeros(data.classes, FEATURES, device=options.device)
+        self.head = {"weight": weight, "bias": weight[:, 0].clone()}
+
+    def begin(self) -> nn.Module:
+        """The features at the start, the same for every method."""
+        with seeded(self.options.seed, 1):
+            features = lenet_features(self.data.shape)
+        return features.to(self.options.device)
+
+    def inner(self, x: nn.Module, y: Parameters, batch: Part) -> Tensor:
+        images, labels = batch
+        return ridge_loss(logits, x(images), labels, self.options.ridge)(y)
+
+    def outer(self, x: nn.Module, y: Parameters, batch: Part) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(logits(y, x(images)), labels)
+
+    def learn(
+        self, run: Run, name: str, method: bilevel.Method, cell: Cell | None = None
+    ) -> Attempt:
+        """The features of one method, in ``result.x``."""
+        options, size, seed = self.options, self.options.batch, self.options.seed
+
+        def solve(callback: Callable[..., None]) -> bilevel.Result:
+            return bilevel.solve(
+                self.outer,
+                self.inner,
+                self.begin(),
+                self.head,
+                outer_data=batches(*self.data.validation, size=size, seed=seed, drop_last=True),
+                inner_data=batches(*self.data.train, size=size, seed=seed, drop_last=True),
+                method=method,
+                steps=options.steps,
+                inner_steps=options.inner_steps,
+                callback=callback,
+                progress=False if options.quiet else None,
+                seed=seed,
+            )
+
+        marks = 20 if cell is None else 5
+        return attempt(run, name, solve, lambda x, y: self.measure(x), options.steps, cell, marks)
+
+    def solved_head(self, x: nn.Module) -> Parameters:
+        """w*(x): the head's optimum on (at most ``--head-images``) training images."""
+        images, labels = (part[: self.options.head_images] for part in self.data.train)
+        loss = ridge_loss(logits, featured(x, images), labels, self.options.ridge)
+        return minimize(loss, double(self.head), iterations=300)  # where features explode, no more
+
+    def measure(self, x: nn.Module) -> dict[str, float]:
+        """What a freshly solved head attains on features x."""
+        head = self.solved_head(x)
+        out: dict[str, float] = {}
+        for name, (images, labels) in (
+            ("validation", self.data.validation),
+            ("test", self.data.test),
+        ):
+            loss, accuracy = measure(logits, head, (featured(x, images), labels))
+            out |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        return out
+
+    def ordinary(self) -> nn.Module:
+        """The features of a LeNet trained in one level, on as many batches as a bilevel run."""
+        options = self.options
+        net = Net("lenet", self.data.shape, self.data.classes, options.device)
+        source = batches(*self.data.train, size=options.batch, seed=options.seed, drop_last=True)
+        count = options.steps * (options.inner_steps + 1)
+
+        def loss(parameters: Parameters, images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(net(parameters, images), labels)
+
+        trained = adam(loss, net.start(options.seed, 1), source, count, lr=1e-3)
+        features = self.begin()
+        features.load_state_dict({key: trained[key] for key in features.state_dict()})
+        return features
+
+
+def logits(head: Parameters, features: Tensor) -> Tensor:
+    """The linear head on features, shape (n, FEATURES)."""
+    return F.linear(features, head["weight"], head["bias"])
+
+
+@torch.no_grad()
+def featured(x: nn.Module, images: Tensor, chunk: int = 10_000) -> Tensor:
+    """The features of images, in double precision."""
+    return torch.cat([x(part).double() for part in images.split(chunk)])

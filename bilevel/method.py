@@ -164,8 +164,10 @@ class Method:
             seconds=state.seconds,
             failure=failure,
         )
-        if failure is not None and not move.failed:
-            return replace(state, k=state.k + 1, cost=cost), record
+        # a failed search leaves a good point to go on from; numbers that are not finite do not
+        numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
+        if numeric:
+            return replace(state, k=state.k + 1, cost=cost, failures=0), record
         return (
             State(
                 state.layouts,
@@ -272,8 +274,8 @@ def _failure(
     value: float, inner_value: float, norm: float, finite: float, move: Move
 ) -> str | None:
     for what, number in (
+        ("the inner loss", inner_value),  # first, since y enters the outer one
         ("the outer loss", value),
-        ("the inner loss", inner_value),
         ("the norm of the hypergradient", norm),
     ):
         if not math.isfinite(number):

@@ -405,11 +405,9 @@ METHODS: dict[str, Callable[[], bilevel.Method]] = {
     "bisls-sgd": lambda: bilevel.bisls("sgd"),
     "bisls-sgd last": lambda: bilevel.bisls("sgd", reset="last"),
     "bisls-sgd fixed": lambda: bilevel.bisls("sgd", reset="fixed"),
-    "bisls-sgd frozen": lambda: bilevel.bisls("sgd", response="frozen"),
-    "bisls-sgd refine": lambda: bilevel.bisls("sgd", response="refine"),
     "bisls-adam unrolled": lambda: bilevel.bisls(hypergradient=bilevel.Unrolled()),
     "bisls-adam stochastic": lambda: bilevel.bisls(
-        hypergradient=bilevel.Implicit(bilevel.StochasticNeumann(4))
+        hypergradient=bilevel.Implicit(bilevel.StochasticNeumann(40))
     ),
     "bisls-adam differences": lambda: bilevel.bisls(
         hypergradient=bilevel.FiniteDifference(bilevel.ConjugateGradient())

@@ -5,11 +5,16 @@ They are functions so that the tests and the planted bugs (test_planted_bugs.py)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 import bilevel
-from tests.tables import Case, Solver, flat, relative
+from bilevel import Problem
+from bilevel.layout import Layout
+from bilevel.problem import Draw, Oracle
+from tests.tables import RIDGES, Case, Solver, flat, relative, ridge
 
 EPS = np.finfo(np.float64).eps
 
@@ -41,3 +46,101 @@ def true_residual(method: bilevel.Implicit, case: Case) -> float:
     floor = 1e-5 if isinstance(method, bilevel.FiniteDifference) else 1e-9
     assert abs(float(h.residual) - residual) <= 0.01 * residual + floor
     return residual
+
+
+def tangent_slope(method, case: Case) -> None:
+    """The slope is d/dt f(x + t d, y(t)) at 0, and phi(0) = f(x, y).
+
+    Off the inner solution, along a random direction and along -h.
+    """
+    oracle = Oracle(Problem(case.outer, case.inner), Layout(case.x, "x"), Layout(case.y, "y"))
+    X, Y = flat(case.x), flat(case.y)
+    path = []
+    if isinstance(method, bilevel.Unrolled):
+        Y, path = method.descend(oracle, X, Y, Draw())
+    h = method.estimate(oracle, X, Y, Draw(), [Draw()], path, None)
+    assert float(h.value) == float(oracle.value("outer", X, Y, Draw()))
+    rng = torch.Generator().manual_seed(9)
+    scale = 1e-3 * float(torch.linalg.vector_norm(X) / torch.linalg.vector_norm(h.grad))
+    for d in (-scale * h.grad, 1e-3 * torch.randn(len(X), generator=rng, dtype=X.dtype)):
+        slope, follow = h.respond(d)
+
+        def phi(t: float, d=d, follow=follow) -> float:
+            y = follow(t)
+            assert y is not None
+            return float(oracle.value("outer", X + t * d, y, Draw()))
+
+        near, far = phi(1.0) - phi(-1.0), phi(2.0) - phi(-2.0)
+        numeric = (8 * near - far) / 12
+        size = abs(float(slope)) + 1e-3 * float(
+            torch.linalg.vector_norm(d) * torch.linalg.vector_norm(h.grad)
+        )
+        assert abs(float(slope) - numeric) < 1e-6 * size
+        # the hypergradient predicts it, whatever the errors of the linear solves
+        assert abs(float(torch.dot(h.grad, d)) - numeric) < 1e-6 * size
+
+
+def failed_step_not_carried() -> None:
+    """A search that fails moves neither x nor the step to start from, and is counted."""
+    case = RIDGES[0]
+
+    def outer(x, y, broken):
+        value = case.outer(x, y)
+        # trials, which are evaluated without gradients, are not finite on a broken batch
+        return value * math.nan if broken and not torch.is_grad_enabled() else value
+
+    method = bilevel.bisls("sgd")
+    problem = Problem(outer, case.inner)
+    state = method.init(case.x, case.y)
+    for _ in range(3):
+        state, record = method.step(problem, state, False, 5)
+        assert record.failure is None and record.outer_step > 0
+    assert state.outer_last == record.outer_step
+    failed, broken = method.step(problem, state, True, 5)
+    assert broken.failure is not None and "no acceptable step" in broken.failure
+    assert broken.outer_step == 0.0 and broken.outer_trials > 30
+    assert torch.equal(flat(failed.x), flat(state.x))
+    assert failed.outer_last == state.outer_last
+    assert failed.failures == 1 and failed.k == state.k + 1
+    after, record = method.step(problem, failed, False, 5)
+    assert record.failure is None and after.failures == 0
+    assert record.outer_trials <= 4
+    assert record.outer_step >= state.outer_last / 4
+
+
+def fresh_batches() -> None:
+    """The hypergradient of an iteration is that of its own batches, by the closed form.
+
+    Every batch is another ridge problem, so a hypergradient on an earlier batch is far off.
+    """
+    cases = {j: ridge(6, p=5, n=12, seed=20 + j) for j in range(6)}
+
+    def inner(x, y, j):
+        return cases[j].inner(x, y)
+
+    def outer(x, y, j):
+        return cases[j].outer(x, y)
+
+    method = bilevel.fixed("sgd", 0.1, 0.2, bilevel.Implicit(bilevel.ConjugateGradient(50, 0.0)))
+    points: list[tuple[np.ndarray, np.ndarray]] = []
+    x = cases[0].x
+    result = bilevel.solve(
+        outer,
+        inner,
+        x,
+        cases[0].y,
+        outer_data=[0, 1, 2],
+        inner_data=[3, 4, 5, 0],
+        method=method,
+        steps=4,
+        inner_steps=2,
+        callback=lambda s, r: points.append((s.x.numpy(), s.y.numpy())),
+    )
+    assert len(result.history) == 4
+    x = x.numpy()
+    for k, (new, y) in enumerate(points):
+        up, low = cases[k % 3], cases[[3, 4, 5, 0][(3 * k + 2) % 4]]
+        cross = np.diag(np.exp(x) * y)
+        h = up.outer_x(x, y) - cross @ np.linalg.solve(low.hessian(x), up.outer_y(x, y))
+        assert relative(x - new, 0.1 * h) < 1e-9
+        x = new

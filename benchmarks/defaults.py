@@ -64,11 +64,11 @@ def variants() -> dict[str, Method]:
 
 
 def grid() -> dict[str, Method]:
-    """Fixed steps: two directions, six outer and four inner steps."""
+    """Fixed steps: two directions, six outer and three inner steps."""
     found = {}
     for direction in ("adam", "sgd"):
         for exponent in range(-3, 3):
-            for beta in (1e-2, 1e-1, 1.0, 10.0):
+            for beta in (1e-2, 1e-1, 1.0):
                 alpha = 10.0**exponent * (10 if direction == "sgd" else 1)
                 method = bilevel.fixed(direction, alpha, beta)  # type: ignore[arg-type]
                 found[f"{direction} {alpha:g} {beta:g}"] = method

@@ -38,6 +38,7 @@ from .compare import add_arguments as add_grid
 from .data import Dataset, batches, load
 from .data.batches import Batches, generator
 from .data.dataset import Part
+from .errors import require
 from .models import Net, Parameters, adam, descend, double, measure, minimize, ridge_loss
 from .run import Run, image_grid, progress, start
 
@@ -73,6 +74,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> dict[str, Any]:
     if not options.ridge > 0:
         raise ValueError(f"--ridge must be positive, not {options.ridge}: the model is unique then")
+    require("matplotlib", "drawing figures")  # before any work is lost
     options.steps = options.steps or STEPS[options.data]
     options.inner_steps = options.inner_steps or (10 if options.model == "linear" else 30)
     data = load(options.data, options.root, options.device, download=options.download)
@@ -175,7 +177,7 @@ class Distillation:
                 seed=options.seed,
             )
 
-        marks = 20 if cell is None else 5
+        marks = 10 if cell is None else 5
         return attempt(run, name, solve, self.validate, options.steps, cell, marks)
 
     def train(self, training_set: Part, begin: Parameters) -> Parameters:

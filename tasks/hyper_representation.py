@@ -35,6 +35,7 @@ from .compare import (
 from .compare import add_arguments as add_grid
 from .data import Dataset, batches, load
 from .data.dataset import Part
+from .errors import require
 from .models import (
     Net,
     Parameters,
@@ -83,6 +84,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> dict[str, Any]:
     if not options.ridge > 0:
         raise ValueError(f"--ridge must be positive, not {options.ridge}: the head is unique then")
+    require("matplotlib", "drawing figures")  # before any work is lost
     options.steps = options.steps or STEPS[options.data]
     data = load(options.data, options.root, options.device, download=options.download)
     run = start(options)

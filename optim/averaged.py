@@ -89,29 +89,31 @@ class Averaged(Optimizer):
             kept["x"] = precise_copy(p)
         return kept
 
-    def _measure(self, do: type[Plain], block: Block) -> tuple[Tensor, ...]:
+    def _measure(self, do: Plain, block: Block) -> tuple[Tensor, ...]:
         y, g = block.read()
         z, group = block.state["z"], block.group
-        gap = [p - q for p, q in zip(z, y, strict=True)]
         _, beta2 = self._betas(group)
         if beta2 is None:
-            return do.dot(g, g), do.dot(g, gap)
-        v, k = block.state["v"], _next(block)
-        norm2 = do.adam_norm2(g, v, k, beta2, group["eps"])
+            return do.dot(g, g), do.dot_difference(g, z, y)
+        norm2 = do.adam_norm2(g, block.state["v"], block.k, beta2, group["eps"])
+        return norm2, do.dot_difference(g, z, y), do.dot(g, g)
+
+    def _totals(self, norm2: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        slope, *size2 = others
         # where ||g||^2 overflows, v would be inf for ever: 0 inf = NaN refuses the step
-        return norm2 + 0 * do.dot(g, g), do.dot(g, gap)
+        return (norm2 + 0 * size2[0] if size2 else norm2), slope
 
     def _weights(self, group: Group, s: Memory, step: Tensor, ok: Tensor) -> Memory:
         beta, _ = self._betas(group)
         c = torch.where(ok, self._average(s, group), 0.0)
-        w = {"ok": ok, "step": step * group["lr"], "c": c}
+        w = {"skip": ~ok, "step": step * group["lr"], "c": c}
         w["decay"] = -(w["step"] * group["weight_decay"]).clamp(max=1.0)
         if beta >= STORED:
             w["into_x"] = ok.to(c) * (1 - 1 / beta)
             w["from_x"] = torch.where(ok, 1 - beta * (1 - c), 0.0)
         return w
 
-    def _move(self, do: type[Plain], block: Block, w: Memory) -> None:
+    def _move(self, do: Plain, block: Block, w: Memory) -> None:
         y, g = block.read(again=True)
         z, x, group = block.state["z"], block.state.get("x"), block.group
         beta, beta2 = self._betas(group)
@@ -121,10 +123,10 @@ class Averaged(Optimizer):
         if decay is not None:
             do.add(z, w["decay"], decay)
         if beta2 is None:
-            do.descend(z, g, w["step"], w["ok"])
+            do.descend(z, g, w["step"], w["skip"])
         else:
-            v, k = block.state["v"], _next(block)
-            do.adam_descend(z, g, v, k, w["step"], w["ok"], beta2, group["eps"])
+            v = block.state["v"]
+            do.adam_descend(z, g, v, block.k, w["step"], w["skip"], beta2, group["eps"])
         if x is None:  # y_{t+1} = x_t + (1 - beta (1 - c)) (z_t - x_t)
             do.lerp(y, z, w["from_x"])
         else:
@@ -136,8 +138,3 @@ class Averaged(Optimizer):
     def _reach(self, norm2: Tensor) -> Tensor:
         _, beta2 = self._betas(self.param_groups[0])
         return norm2.sqrt() if beta2 is None else torch.ones_like(norm2)
-
-
-def _next(block: Block) -> Tensor:
-    assert block.step is not None  # kept wherever v is
-    return block.step + 1

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from optim.blocks import Block, Cohort, Group, lay_out, wide
 from optim.rules import Decision, Memory
-from optim.vectors import Fast, Plain
+from optim.vectors import Plain
 
 Scalar = float | int | Tensor
 Closure = Callable[[], Any]
@@ -37,6 +37,14 @@ class Last(NamedTuple):
     active: str
 
 
+class _Cache:
+    """What is no state: found again from it where missing."""
+
+    cohorts: list[Cohort] | None = None
+    active: list[int] | None = None
+    decision: Decision | None = None
+
+
 class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose step size is one number for all groups, set by a rule.
 
@@ -49,20 +57,20 @@ class Optimizer(torch.optim.Optimizer):
     _common: tuple[str, ...] = ()  # options that are one for all groups
     _needs_loss = True
 
-    # Not state: found again from it where missing, so that copies and checkpoints need none of it.
-    _cohorts: list[Cohort] | None = None
-    _active: list[int] | None = None
-    _decision: Decision | None = None
-
     def __init__(self, params: ParamsT, foreach: bool | None, **options: Any):
+        self._cache = _Cache()
         super().__init__(params, {"lr": 1.0, **options, "foreach": foreach is not False})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._cache = _Cache()  # after copying, unpickling and loading
 
     @property
     def last(self) -> Last | None:
         """The last step's numbers, None before the first; reading waits for the device."""
-        if self._decision is None:
+        if self._cache.decision is None:
             return None
-        step, n, d, unguarded, cap = map(float, self._decision)
+        step, n, d, unguarded, cap = map(float, self._cache.decision)
         reasons = {
             "not finite": not (math.isfinite(n) and math.isfinite(unguarded)),
             "zero gradient": unguarded == 0,
@@ -78,19 +86,23 @@ class Optimizer(torch.optim.Optimizer):
         """The decision, and what to remember of it; a refused step is not remembered."""
         raise NotImplementedError
 
-    def _measure(self, do: type[Plain], block: Block) -> tuple[Tensor, ...]:
-        """||g||^2, and <g, z - y> where there is a z."""
+    def _measure(self, do: Plain, block: Block) -> tuple[Tensor, ...]:
+        """What a block adds to the sums that :meth:`_totals` receives."""
         _, g = block.read()
         return (do.dot(g, g),)
 
+    def _totals(self, norm2: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        """||g||^2 and <g, z - y>."""
+        return norm2, torch.zeros_like(norm2)
+
     def _weights(self, group: Group, s: Memory, step: Tensor, ok: Tensor) -> Memory:
         """The scalars of a group's move; ``s`` is already that of the next step."""
-        return {"step": step * group["lr"], "ok": ok}
+        return {"step": step * group["lr"], "skip": ~ok}
 
-    def _move(self, do: type[Plain], block: Block, w: Memory) -> None:
+    def _move(self, do: Plain, block: Block, w: Memory) -> None:
         """x <- x - step g."""
         x, g = block.read(again=True)
-        do.descend(x, g, w["step"], w["ok"])
+        do.descend(x, g, w["step"], w["skip"])
         block.write(x)
 
     def _reach(self, norm2: Tensor) -> Tensor:
@@ -145,11 +157,9 @@ class Optimizer(torch.optim.Optimizer):
         home = blocks[0].device
         excess = self._excess(loss, target, home)
         s = self._remembered(home)
-        do = Fast if self._fast() else Plain
-
-        parts = [self._measure(do, block) for block in blocks]
-        norm2, *dots = (_total(part, home) for part in zip(*parts, strict=True))
-        gap = excess + sum(dots)
+        parts = [self._measure(block.do, block) for block in blocks]
+        norm2, slope = self._totals(*(_total(part, home) for part in zip(*parts, strict=True)))
+        gap = excess + slope
         ok = torch.isfinite(gap) & torch.isfinite(norm2)
 
         decision, new = self._rule(gap, norm2, s)
@@ -157,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         step = torch.where(ok, decision.step, 0.0)
         for name, value in new.items():  # in place: a captured graph knows only addresses
             s[name].copy_(torch.where(ok, value, s[name]))
-        self._decision = decision._replace(step=step * self.param_groups[0]["lr"])
+        self._cache.decision = decision._replace(step=step * self.param_groups[0]["lr"])
 
         weights: dict[Any, Memory] = {}
         for block in blocks:
@@ -165,7 +175,7 @@ class Optimizer(torch.optim.Optimizer):
             if key not in weights:
                 w = self._weights(block.group, s, step, ok)
                 weights[key] = {n: t.to(block.device, block.dtype) for n, t in w.items()}
-            self._move(do, block, weights[key])
+            self._move(block.do, block, weights[key])
         for cohort in cohorts:
             if cohort.step is not None:
                 cohort.step.add_(ok.to(cohort.step))
@@ -196,9 +206,9 @@ class Optimizer(torch.optim.Optimizer):
             return {}
         state: dict[Any, Any] = self.state  # with one name among the parameters, saved beside them
         s = state["rule"]
-        if not s:
-            s.update({n: _scalar(v, n, home) for n, v in self._memory.items()})
-        return s
+        if not s:  # of shape (1,): torch.compile loses writes to 0-dim float64 inputs on the CPU
+            s.update({n: _scalar(v, n, home).view(1) for n, v in self._memory.items()})
+        return {n: t.view(()) for n, t in s.items()}
 
     # -- parameters and state ----------------------------------------------------------------------
 
@@ -219,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
                     "inner product with its gradient. Keep torch.view_as_real(p) as the parameter "
                     "and call torch.view_as_complex on it in the model."
                 )
-        self._cohorts = None
+        self._cache.cohorts = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the state keeps its own dtype: float32 beside bfloat16 parameters."""
@@ -241,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):
         if "rule" in saved:
             home, state = self.param_groups[0]["params"][0].device, cast(dict[Any, Any], self.state)
             state["rule"] = {n: t.to(home, copy=True) for n, t in saved["rule"].items()}
-        self._cohorts = None
+        self._cache.cohorts = None
 
     def _first(self, group: Group, p: Tensor) -> dict[str, Tensor]:
         """The vectors kept for a parameter, at its first gradient."""
@@ -261,12 +271,16 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 active.append(p)
         ids = [id(p) for p in active]
-        cohorts = self._cohorts
-        if cohorts is None or ids != self._active or not all(c.holds(self.state) for c in cohorts):
-            self._cohorts = cohorts = lay_out(
+        cohorts = self._cache.cohorts
+        if (
+            cohorts is None
+            or ids != self._cache.active
+            or not all(c.holds(self.state) for c in cohorts)
+        ):
+            self._cache.cohorts = cohorts = lay_out(
                 self.param_groups, self.state, set(ids), self._first, self._fast()
             )
-            self._active = ids
+            self._cache.active = ids
         return cohorts
 
 

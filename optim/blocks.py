@@ -18,14 +18,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten
+from torch._utils import _unflatten_dense_tensors as unflatten
 
-from optim.vectors import Vector
+from optim.vectors import Flat, Lists, Plain, Vector
 
-PIECE = 1 << 17  # elements of a CPU block: a handful of such arrays fits the cache of a core
+PIECE = 1 << 18  # elements of a CPU block: few enough for the cache, enough to pay for the calls
 SMALL = 1 << 14  # tensors below this many elements are packed
 
 Group = dict[str, Any]
-Count: TypeAlias = "Tensor | None"  # gradients seen by a cohort, where a method needs to know
+Count: TypeAlias = "Tensor | None"  # gradients seen by a cohort (shape (1,)), if needed
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -38,6 +40,11 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def kernels(device: torch.device) -> type[Plain]:
+    """The fast kernels of a device."""
+    return Flat if device.type == "cpu" else Lists
+
+
 def precise_copy(p: Tensor) -> Tensor:
     """A contiguous copy of a parameter in the dtype of the state."""
     return p.detach().to(precise(p.dtype), copy=True, memory_format=torch.contiguous_format)
@@ -46,18 +53,21 @@ def precise_copy(p: Tensor) -> Tensor:
 class Block:
     """Lists of equal length: parameters, gradients, and state by name (``z``, ``v``, ``x``...)."""
 
+    do: Plain  # the kernels for these lists
+    k: Tensor  # step + 1, where there is a step
+
     def __init__(self, group: Group, step: Count, params: Vector, state: dict[str, Vector]):
         self.group, self.step, self.params, self.state = group, step, params, state
         self.device, self.dtype = params[0].device, precise(params[0].dtype)
 
     def read(self, again: bool = False) -> tuple[Vector, Vector]:
-        """(y, g) in the dtype of the state; ``again``: the gradients have not changed since."""
+        """(y, g) in the dtype of the state; ``again``: both are as in the last call."""
         y = [p.detach() for p in self.params]
         return self._cast(y), self._cast([_gradient(p) for p in self.params])
 
     def write(self, y: Vector) -> None:
-        """Parameters <- y; nothing where ``y`` is the parameters themselves."""
-        if self.params[0].dtype != self.dtype:
+        """Parameters <- y, which :meth:`read` gave and a move has changed."""
+        if self.params[0].dtype != self.dtype:  # else y is the parameters
             for p, q in zip(self.params, y, strict=True):
                 p.copy_(q)
 
@@ -80,19 +90,16 @@ class Pack(Block):
     """Small (or oddly strided) tensors, gathered for the step and scattered after it."""
 
     def __init__(self, group: Group, step: Count, params: Vector, states: list[dict[str, Tensor]]):
-        self.sizes = [p.numel() for p in params]
         self.views: dict[str, Vector] = {}
         state = {}
         for name in _names(states[0]):
-            flat = torch.cat([s[name].reshape(-1) for s in states])
-            parts = flat.split(self.sizes)
-            self.views[name] = [t.view(p.shape) for t, p in zip(parts, params, strict=True)]
+            state[name] = [flatten([s[name] for s in states])]
+            self.views[name] = list(unflatten(state[name][0], params))
             for s, view in zip(states, self.views[name], strict=True):
                 s[name] = view
-            state[name] = [flat]
         super().__init__(group, step, params, state)
         self.states = states
-        self.g: Tensor | None = None
+        self.gathered: tuple[Tensor, Tensor] | None = None
 
     def holds(self) -> bool:
         """Whether the state in the optimizer is still the one that lies here."""
@@ -103,28 +110,28 @@ class Pack(Block):
         )
 
     def read(self, again: bool = False) -> tuple[Vector, Vector]:
-        if self.g is None or not again:
-            self.g = torch.cat([_gradient(p).reshape(-1) for p in self.params]).to(self.dtype)
-        y = torch.cat([p.detach().reshape(-1) for p in self.params])
-        return [y.to(self.dtype)], [self.g]
+        if self.gathered is None or not again:
+            g = flatten([_gradient(p) for p in self.params])
+            self.gathered = flatten(self.params).to(self.dtype), g.to(self.dtype)
+        y, g = self.gathered
+        return [y], [g]
 
     def write(self, y: Vector) -> None:
-        parts = y[0].split(self.sizes)
-        shaped = [t.view(p.shape) for t, p in zip(parts, self.params, strict=True)]
-        torch._foreach_copy_(self.params, shaped)
-        self.g = None
+        torch._foreach_copy_(self.params, list(unflatten(y[0], self.params)))
+        self.gathered = None
 
 
 class Cohort:
     """Parameters stepped together, laid out in blocks; see the module."""
 
-    def __init__(self, group: Group, params: Vector, states: list[dict[str, Tensor]], flat: bool):
+    def __init__(self, group: Group, params: Vector, states: list[dict[str, Tensor]], fast: bool):
+        self.kernels = kernels(params[0].device) if fast else Plain
         self.group, self.step = group, states[0].get("step")
         self.params, self.states = params, states
         self.packs: list[Pack] = []
         self.large: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.whole: Block | None = None
-        if not flat:
+        if self.kernels is not Flat:
             lists = {name: [s[name] for s in states] for name in _names(states[0])}
             self.whole = Block(group, self.step, params, lists)
             return
@@ -161,6 +168,16 @@ class Cohort:
         )
 
     def blocks(self) -> Iterator[Block]:
+        """The blocks of one step."""
+        do = self.kernels()
+        k = None if self.step is None else self.step.view(()) + 1
+        for block in self._blocks():
+            block.do = do
+            if k is not None:
+                block.k = k
+            yield block
+
+    def _blocks(self) -> Iterator[Block]:
         if self.whole is not None:
             yield self.whole
         yield from self.packs
@@ -202,7 +219,7 @@ def lay_out(
                 count = kept.get("step")
                 if count is None:
                     key: Any = i, p.device, p.dtype
-                    zero = torch.zeros((), dtype=wide(p.device), device=p.device)
+                    zero = torch.zeros(1, dtype=wide(p.device), device=p.device)
                     kept["step"] = counts.setdefault(key, zero)
                 elif id(count) in idle:
                     kept["step"] = counts.setdefault(id(count), count.clone())
@@ -210,10 +227,7 @@ def lay_out(
             _, params, states = members.setdefault(key, (group, [], []))
             params.append(p)
             states.append(kept)
-    return [
-        Cohort(group, params, states, fast and params[0].device.type == "cpu")
-        for group, params, states in members.values()
-    ]
+    return [Cohort(group, params, states, fast) for group, params, states in members.values()]
 
 
 def _gradient(p: Tensor) -> Tensor:

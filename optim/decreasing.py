@@ -181,7 +181,7 @@ class InexactPolyak(Optimizer):
         better = torch.where(ok, s["better"], 0.0)
         return {**super()._weights(group, s, step, ok), "better": better}
 
-    def _move(self, do: type[Plain], block: Block, w: Memory) -> None:
+    def _move(self, do: Plain, block: Block, w: Memory) -> None:
         x, _ = block.read(again=True)
         do.lerp(block.state["best"], x, w["better"])
         super()._move(do, block, w)

@@ -112,8 +112,8 @@ def adasls(gls: Tensor, norm2: float, s: Memory, c: float | None) -> tuple[Tenso
 
 
 def clip(norm2: Tensor, max_norm: Tensor) -> Tensor:
-    """min{1, max_norm / ||g||} (2405.15010, section 2)."""
-    return torch.clamp(max_norm / norm2.sqrt(), max=1.0)
+    """min{1, max_norm / ||g||},  0 at a zero gradient (2405.15010, section 2)."""
+    return torch.where(norm2 > 0, torch.clamp(max_norm / norm2.sqrt(), max=1.0), 0.0)
 
 
 def weight(k: Tensor, lr_max: Tensor, r: float, power: float) -> Tensor:

@@ -1,9 +1,9 @@
-"""The few vector operations of a step, twice: as the papers write them, and fast.
+"""The few vector operations of a step: as the papers write them, for the CPU, for accelerators.
 
-Both classes work on lists of tensors with 0-dim tensors as scalars, so that nothing is read back to
-the host. ``ok`` is 1 where the step may be taken and 0 where a loss or a gradient was not finite:
-then nothing changes, whatever the gradient holds. :class:`Plain` is the oracle of :class:`Fast`; it
-is also what ``torch.compile`` sees, which fuses plain operations best.
+All work on lists of tensors with 0-dim tensors as scalars, so that nothing is read back to the
+host. ``skip`` is 1 where a loss or a gradient was not finite and 0 otherwise: where it is 1
+nothing changes, whatever the gradient holds. :class:`Plain` is the oracle of the other two; it is
+also what ``torch.compile`` sees, which fuses plain operations best.
 """
 
 from __future__ import annotations
@@ -17,118 +17,142 @@ Vector = list[Tensor]
 class Plain:
     """One tensor at a time."""
 
-    @staticmethod
-    def dot(a: Vector, b: Vector) -> Tensor:
+    def dot(self, a: Vector, b: Vector) -> Tensor:
         """<a, b>."""
         return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
 
-    @staticmethod
-    def adam_norm2(g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Tensor:
-        """<g, D^-1 g> with the metric of :func:`adam`; ``v`` is read only."""
-        return Plain.dot(g, Plain.adam(g, v, k, beta2, eps))
+    def dot_difference(self, g: Vector, z: Vector, y: Vector) -> Tensor:
+        """<g, z - y>; the difference is taken first, as z and y are close."""
+        return self.dot(g, [p - q for p, q in zip(z, y, strict=True)])
 
-    @staticmethod
-    def adam(g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Vector:
+    def adam_norm2(self, g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Tensor:
+        """<g, D^-1 g> with D of :meth:`adam`; ``v`` is read only."""
+        return self.dot(g, self.adam(g, v, k, beta2, eps))
+
+    def adam(self, g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Vector:
         """D^-1 g,  D = diag(sqrt(v' / (1 - beta2^k)) + eps),  v' = beta2 v + (1 - beta2) g^2."""
         second = [beta2 * q + (1 - beta2) * p * p for p, q in zip(g, v, strict=True)]
         return [p / ((q / (1 - beta2**k)).sqrt() + eps) for p, q in zip(g, second, strict=True)]
 
-    @staticmethod
-    def lerp(a: Vector, b: Vector, w: Tensor) -> None:
+    def lerp(self, a: Vector, b: Vector, w: Tensor) -> None:
         """a <- a + w (b - a)."""
         for p, q in zip(a, b, strict=True):
             p.lerp_(q, w)
 
-    @staticmethod
-    def add(a: Vector, w: Tensor, b: Vector) -> None:
+    def add(self, a: Vector, w: Tensor, b: Vector) -> None:
         """a <- a + w b."""
         for p, q in zip(a, b, strict=True):
             p.addcmul_(q, w)
 
-    @staticmethod
-    def descend(z: Vector, g: Vector, step: Tensor, ok: Tensor) -> None:
+    def descend(self, z: Vector, g: Vector, step: Tensor, skip: Tensor) -> None:
         """z <- z - step g."""
         for p, q in zip(z, g, strict=True):
-            p.copy_(torch.where(ok > 0, p - step * q, p))
+            p.copy_(torch.where(skip > 0, p, p - step * q))
 
-    @staticmethod
     def adam_descend(
-        z: Vector,
-        g: Vector,
-        v: Vector,
-        k: Tensor,
-        step: Tensor,
-        ok: Tensor,
-        beta2: float,
-        eps: float,
-    ) -> None:
+        self, z: Vector, g: Vector, v: Vector, k: Tensor, step: Tensor, skip: Tensor,
+        beta2: float, eps: float,
+    ) -> None:  # fmt: skip
         """z <- z - step D^-1 g  and  v <- v'."""
-        Plain.descend(z, Plain.adam(g, v, k, beta2, eps), step, ok)
+        self.descend(z, self.adam(g, v, k, beta2, eps), step, skip)
         for p, q in zip(v, g, strict=True):
-            p.copy_(torch.where(ok > 0, beta2 * p + (1 - beta2) * q * q, p))
+            p.copy_(torch.where(skip > 0, p, beta2 * p + (1 - beta2) * q * q))
 
 
-class Fast(Plain):
-    """List kernels; on the CPU every list is one flat piece that stays in the cache."""
+class Fused(Plain):
+    """Adam's update by torch's own kernel."""
 
-    @staticmethod
-    def dot(a: Vector, b: Vector) -> Tensor:
-        if a[0].device.type == "cpu":
-            return torch.stack([torch.dot(p, q) for p, q in zip(a, b, strict=True)]).sum()
+    def adam_descend(
+        self, z: Vector, g: Vector, v: Vector, k: Tensor, step: Tensor, skip: Tensor,
+        beta2: float, eps: float,
+    ) -> None:  # fmt: skip
+        # Without its momentum the kernel is this very update in one pass, and its ``found_inf`` is
+        # a skip that the host need not know of.
+        if z[0].device.type not in ("cpu", "cuda"):
+            return super().adam_descend(z, g, v, k, step, skip, beta2, eps)
+        torch._fused_adam_(
+            z, g, self.momentum(g), v, [], [k.float()] * len(z),
+            lr=step if step.device.type == "cpu" else step.float(),
+            beta1=0.0, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+            grad_scale=None, found_inf=skip.float(),
+        )  # fmt: skip
+
+    def momentum(self, g: Vector) -> Vector:
+        """Memory for the momentum; its finite values are multiplied by 0."""
+        raise NotImplementedError
+
+
+class Flat(Fused):
+    """For the CPU: flat pieces that fit its cache, one in each list, and memory used again.
+
+    One object serves one step.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[torch.dtype, Tensor] = {}
+        self.root: tuple[Tensor, Tensor] | None = None
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        n = like.numel()
+        if like.dtype not in self.memory or self.memory[like.dtype].numel() < n:
+            self.memory[like.dtype] = torch.zeros(n, dtype=like.dtype)
+        return self.memory[like.dtype][:n]
+
+    def dot(self, a: Vector, b: Vector) -> Tensor:
+        return torch.dot(a[0], b[0])
+
+    def dot_difference(self, g: Vector, z: Vector, y: Vector) -> Tensor:
+        return torch.dot(g[0], torch.sub(z[0], y[0], out=self._scratch(y[0])))
+
+    def adam_norm2(self, g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Tensor:
+        # sqrt(v' / b) + eps = (sqrt(v') + eps sqrt(b)) / sqrt(b): the last division on the sum
+        if self.root is None or self.root[0] is not k:
+            self.root = k, (1 - beta2**k).sqrt().to(v[0].dtype)
+        root = self.root[1]
+        d = torch.mul(v[0], beta2, out=self._scratch(v[0]))
+        d.addcmul_(g[0], g[0], value=1 - beta2).sqrt_().add_(eps * root)
+        return torch.dot(g[0], torch.div(g[0], d, out=d)) * root
+
+    def descend(self, z: Vector, g: Vector, step: Tensor, skip: Tensor) -> None:
+        del skip  # the step is 0 then, and 0 times what nan_to_num leaves is 0
+        self.add(z, -step, [torch.nan_to_num(g[0], 0.0, 0.0, 0.0, out=self._scratch(g[0]))])
+
+    def momentum(self, g: Vector) -> Vector:
+        return [self._scratch(g[0])]
+
+
+class Lists(Fused):
+    """For accelerators: one kernel for a whole list, nothing per tensor."""
+
+    def dot(self, a: Vector, b: Vector) -> Tensor:
         # No list kernel sums with signs, but norms do without: sum q = 2 |max(q, 0)|_1 - |q|_1.
         q = torch._foreach_mul(a, b)
         absolute = torch.stack(torch._foreach_norm(q, 1)).sum()
         torch._foreach_clamp_min_(q, 0.0)
         return 2 * torch.stack(torch._foreach_norm(q, 1)).sum() - absolute
 
-    @staticmethod
-    def adam_norm2(g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Tensor:
-        # sqrt(v' / b) + eps = (sqrt(v') + eps sqrt(b)) / sqrt(b): the last division on the sum
-        root = (1 - beta2**k).sqrt().to(v[0].dtype)
+    def dot_difference(self, g: Vector, z: Vector, y: Vector) -> Tensor:
+        return self.dot(g, list(torch._foreach_sub(z, y)))
+
+    def adam(self, g: Vector, v: Vector, k: Tensor, beta2: float, eps: float) -> Vector:
         d = torch._foreach_mul(v, beta2)
         torch._foreach_addcmul_(d, g, g, value=1 - beta2)
+        torch._foreach_div_(d, (1 - beta2**k).to(d[0].dtype))
         torch._foreach_sqrt_(d)
-        torch._foreach_add_(d, eps * root, alpha=1)  # without alpha it would read the scalar
-        return Fast.dot(g, list(torch._foreach_div(g, d))) * root
+        torch._foreach_add_(d, eps)
+        return list(torch._foreach_div(g, d))
 
-    @staticmethod
-    def lerp(a: Vector, b: Vector, w: Tensor) -> None:
-        if a[0].device.type == "cpu":
-            return Plain.lerp(a, b, w)
+    def lerp(self, a: Vector, b: Vector, w: Tensor) -> None:
         d = torch._foreach_sub(b, a)
         torch._foreach_mul_(d, w)
         torch._foreach_add_(a, d)
 
-    @staticmethod
-    def add(a: Vector, w: Tensor, b: Vector) -> None:
-        if a[0].device.type == "cpu":
-            return Plain.add(a, w, b)
+    def add(self, a: Vector, w: Tensor, b: Vector) -> None:
         torch._foreach_add_(a, torch._foreach_mul(b, w))
 
-    @staticmethod
-    def descend(z: Vector, g: Vector, step: Tensor, ok: Tensor) -> None:
-        del ok  # the step is 0 then, and 0 times what nan_to_num leaves is 0
-        Fast.add(z, -step, [torch.nan_to_num(q, 0.0, 0.0, 0.0) for q in g])
+    def descend(self, z: Vector, g: Vector, step: Tensor, skip: Tensor) -> None:
+        del skip  # as for Flat
+        self.add(z, -step, [torch.nan_to_num(q, 0.0, 0.0, 0.0) for q in g])
 
-    @staticmethod
-    def adam_descend(
-        z: Vector,
-        g: Vector,
-        v: Vector,
-        k: Tensor,
-        step: Tensor,
-        ok: Tensor,
-        beta2: float,
-        eps: float,
-    ) -> None:
-        if z[0].device.type not in ("cpu", "cuda"):
-            return Plain.adam_descend(z, g, v, k, step, ok, beta2, eps)
-        # torch's own Adam kernel without its momentum is this very update in one pass, and its
-        # ``found_inf`` is a skip that the host need not know of.
-        momentum = list(torch._foreach_mul(v, 0.0))
-        torch._fused_adam_(
-            z, g, momentum, v, [], [k.float()] * len(z),
-            lr=step if step.device.type == "cpu" else step.float(),
-            beta1=0.0, beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
-            grad_scale=None, found_inf=1 - ok.float(),
-        )  # fmt: skip
+    def momentum(self, g: Vector) -> Vector:
+        return [torch.zeros_like(q) for q in g]

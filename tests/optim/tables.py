@@ -203,7 +203,7 @@ class RandomSteps(LeastSquares):
         pieces = torch.from_numpy(self.gradients[t]).split([p.numel() for p in params])
         for p, g in zip(params, pieces, strict=True):
             p.grad = g.reshape(p.shape).clone()
-        return optimizer.step(loss=self.losses[t], target=self.targets[t], **kwargs)
+        return optimizer.step(loss=self.losses[t], **{"target": self.targets[t], **kwargs})
 
 
 def flat(params):

@@ -144,3 +144,35 @@ def fresh_batches() -> None:
         h = up.outer_x(x, y) - cross @ np.linalg.solve(low.hessian(x), up.outer_y(x, y))
         assert relative(x - new, 0.1 * h) < 1e-9
         x = new
+
+
+def dropout_replayed() -> None:
+    """phi(0), evaluated again, is phi(0); and a search under dropout meets one function.
+
+    The outer loss has dropout 0.5: with a new mask at each trial the values spread by tens of
+    per cent, and an accepted step would not be a decrease under the mask of phi(0).
+    """
+    drop = torch.nn.Dropout(0.5)
+    case = ridge(6, p=12, n=30)
+    masks: dict[tuple[float, ...], int] = {}
+
+    def outer(x, y):
+        mask = drop(torch.ones(12, dtype=torch.float64))
+        masks[tuple(mask.tolist())] = masks.get(tuple(mask.tolist()), 0) + 1
+        return case.outer(x, mask * y)
+
+    method = bilevel.bisls("sgd")
+    state = method.init(case.x, case.y)
+    problem = Problem(outer, case.inner)
+    for k in range(4):
+        masks.clear()
+        state, record = method.step(problem, state, None, 5)
+        assert record.failure is None
+        # a trial whose tangent is refused is not evaluated
+        assert len(masks) == 1 and 2 <= sum(masks.values()) <= 1 + record.outer_trials, k
+
+    oracle = Oracle(problem, Layout(case.x, "x"), Layout(case.y, "y"))
+    draw, X, Y = Draw(), flat(case.x), flat(case.y)
+    values = {float(oracle.value("outer", X, Y, draw)) for _ in range(5)}
+    value, _, _ = oracle.outer_gradients(X, Y, draw)
+    assert values == {float(value)}

@@ -1,0 +1,385 @@
+"""Misuse is told at once: what was asked, why it cannot be, what to do instead."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bilevel
+from tests.tables import t
+
+X, Y = t([0.5, 1.0]), t([0.0, 2.0])
+
+
+def f(x, y):
+    return ((y - 1) ** 2).sum() + 0.1 * (x**2).sum()
+
+
+def g(x, y):
+    return ((y - x.sin()) ** 2).sum()
+
+
+def fb(x, y, batch):
+    return f(x, y) * batch.mean()
+
+
+def gb(x, y, batch):
+    return g(x, y) * batch.mean()
+
+
+def solve(outer=f, inner=g, x=X, y=Y, **options):
+    steps = options.pop("steps", 3)
+    return bilevel.solve(outer, inner, x, y, steps=steps, **options)
+
+
+def never(*args):
+    raise AssertionError("work was begun")
+
+
+LOADER = DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=4, drop_last=True)
+
+# name: (call, kind of error, words that must be in its message)
+CASES = {
+    # losses
+    "loss not a scalar": (
+        lambda: solve(outer=lambda x, y: (y - 1) ** 2),
+        TypeError,
+        ["outer loss", "shape (2,)", "0-dim", ".mean()"],
+    ),
+    "loss of one element": (
+        lambda: solve(inner=lambda x, y: g(x, y)[None]),
+        TypeError,
+        ["inner loss", "shape (1,)", "0-dim"],
+    ),
+    "loss a number": (
+        lambda: solve(outer=lambda x, y: float(f(x, y).detach())),
+        TypeError,
+        ["outer loss returned", "0-dim tensor"],
+    ),
+    "loss None": (lambda: solve(inner=lambda x, y: None), TypeError, ["inner loss", "None"]),
+    "loss of integers": (
+        lambda: solve(outer=lambda x, y: f(x, y).long()),
+        TypeError,
+        ["outer loss", "int64", "floating"],
+    ),
+    "outer NaN": (
+        lambda: solve(outer=lambda x, y: f(x, y) * math.nan),
+        ValueError,
+        ["outer loss is nan at the start", "finite"],
+    ),
+    "inner inf": (
+        lambda: solve(inner=lambda x, y: g(x, y) + math.inf),
+        ValueError,
+        ["inner loss is inf at the start"],
+    ),
+    "outer without y": (
+        lambda: solve(outer=lambda x, y: (x**2).sum()),
+        ValueError,
+        ["outer loss does not depend on y", "detach()"],
+    ),
+    "inner without y": (
+        lambda: solve(inner=lambda x, y: (x**2).sum()),
+        ValueError,
+        ["inner loss does not depend on y"],
+    ),
+    "inner without x": (
+        lambda: solve(inner=lambda x, y: (y**2).sum()),
+        ValueError,
+        ["inner loss does not depend on x", "same for every x"],
+    ),
+    "detached": (
+        lambda: solve(outer=lambda x, y: f(x, y).detach()),
+        ValueError,
+        ["outer loss does not depend on y", "detach()"],
+    ),
+    "loss that raises": (
+        lambda: solve(outer=lambda x, y: y @ torch.ones(5).double()),
+        ValueError,
+        [
+            "outer loss raised RuntimeError",
+            "x (2,) float64",
+            "y (2,) float64",
+            "outer_data is None",
+        ],
+    ),
+    "loss of one argument": (
+        lambda: solve(outer=lambda x: x.sum()),
+        TypeError,
+        ["outer(x)", "outer(x, y, batch)"],
+    ),
+    "loss not callable": (lambda: solve(inner=3), TypeError, ["inner is 3", "int", "function"]),
+    "project not callable": (lambda: solve(project=1.0), TypeError, ["project is 1.0"]),
+    # variables
+    "x of integers": (
+        lambda: solve(outer=never, x=torch.tensor([1, 2])),
+        TypeError,
+        ["x has dtype torch.int64", "no gradient", ".float()"],
+    ),
+    "a leaf of integers": (
+        lambda: solve(outer=never, y={"w": Y, "n": [torch.tensor(3)]}),
+        TypeError,
+        ["y['n'][0]", "int64"],
+    ),
+    "x of booleans": (
+        lambda: solve(outer=never, x=torch.tensor([True])),
+        TypeError,
+        ["x has dtype torch.bool"],
+    ),
+    "x a number": (
+        lambda: solve(outer=never, x=1.0),
+        TypeError,
+        ["x is 1.0", "float", "torch.tensor"],
+    ),
+    "x None": (lambda: solve(outer=never, x=None), TypeError, ["x is None"]),
+    "x sparse": (
+        lambda: solve(outer=never, x=torch.eye(2).to_sparse()),
+        TypeError,
+        ["x is a sparse tensor", ".to_dense()"],
+    ),
+    "x empty": (lambda: solve(outer=never, x={}), ValueError, ["x = {}", "nothing to optimise"]),
+    "y of no numbers": (
+        lambda: solve(outer=never, y=torch.zeros(0, 3)),
+        ValueError,
+        ["y =", "no numbers"],
+    ),
+    "a frozen Module": (
+        lambda: solve(outer=never, x=nn.Linear(2, 2).requires_grad_(False)),
+        ValueError,
+        ["x is a Module (Linear)", "requires_grad_(True)"],
+    ),
+    "a Module without parameters": (
+        lambda: solve(outer=never, y=nn.ReLU()),
+        ValueError,
+        ["y is a Module (ReLU)", "nothing to optimise"],
+    ),
+    "other dtypes": (
+        lambda: solve(outer=never, x=X.float()),
+        TypeError,
+        ["x is torch.float32 and y torch.float64", ".to(dtype)"],
+    ),
+    "other devices": (
+        lambda: solve(outer=never, x=torch.zeros(2, device="meta", dtype=torch.float64)),
+        ValueError,
+        ["x is on meta and y on cpu", ".to(device)"],
+    ),
+    "leaves on several devices": (
+        lambda: solve(outer=never, x=[X, torch.zeros(2, device="meta")]),
+        ValueError,
+        ["x[0] on cpu", "x[1] on meta", ".to(device)"],
+    ),
+    # data
+    "no data for a loss that takes some": (
+        lambda: solve(outer=fb),
+        (TypeError, ValueError),
+        ["outer", "batch"],
+    ),
+    "data for a loss that takes none": (
+        lambda: solve(outer_data=[t(1.0)]),
+        TypeError,
+        ["outer_data was given", "takes no batch", "outer(x, y, batch)"],
+    ),
+    "empty list": (
+        lambda: solve(outer=fb, outer_data=[]),
+        ValueError,
+        ["outer_data is empty", "at least one"],
+    ),
+    "empty loader": (
+        lambda: solve(inner=gb, inner_data=LOADER),
+        ValueError,
+        ["inner_data is empty", "drop_last"],
+    ),
+    "a generator": (
+        lambda: solve(inner=gb, inner_data=(t(1.0) for _ in range(9))),
+        TypeError,
+        ["inner_data is a generator", "only once", "DataLoader"],
+    ),
+    "one batch": (
+        lambda: solve(inner=gb, inner_data=torch.ones(3)),
+        TypeError,
+        ["inner_data is a Tensor", "one batch", "[batch]"],
+    ),
+    "not iterable": (
+        lambda: solve(inner=gb, inner_data=3),
+        TypeError,
+        ["inner_data is 3", "cannot be iterated over"],
+    ),
+    "wrong batch structure": (
+        lambda: solve(inner=lambda x, y, b: g(x, y) * b[0] @ b[1], inner_data=[(t(1.0),)]),
+        (ValueError, TypeError),
+        ["inner loss raised IndexError", "batch = (Tensor() float64)"],
+    ),
+    "batches of another type": (
+        lambda: solve(
+            inner=lambda x, y, b: ((b @ y - x) ** 2).sum(), inner_data=[torch.ones(2, 2)]
+        ),
+        ValueError,
+        ["inner loss raised RuntimeError", "Tensor(2, 2) float32", "float64"],
+    ),
+    "data and outer_data": (
+        lambda: solve(data=[(1, 2)], outer_data=[1]),
+        ValueError,
+        ["data was given together", "pairs"],
+    ),
+    "no pairs": (
+        lambda: solve(outer=fb, inner=gb, data=[t(1.0)]),
+        ValueError,
+        ["pairs (outer_batch, inner_batch)", "Tensor"],
+    ),
+    # settings
+    "unknown method": (
+        lambda: solve(outer=never, method="bisls_adam"),
+        ValueError,
+        ["'bisls_adam'", "did you mean 'bisls-adam'", "'bisps'"],
+    ),
+    "unknown method, far": (
+        lambda: solve(outer=never, method="zzz"),
+        ValueError,
+        ["'zzz'", "choose one of 'bisls-adam', 'bisls-sgd', 'bisps', 'adam', 'sgd'"],
+    ),
+    "method of another kind": (
+        lambda: solve(outer=never, method=bilevel.Neumann()),
+        TypeError,
+        ["Neumann", "bilevel.bisls(...)"],
+    ),
+    "method as a class": (lambda: solve(outer=never, method=bilevel.bisls), TypeError, ["method="]),
+    "negative steps": (
+        lambda: solve(outer=never, steps=-1),
+        ValueError,
+        ["steps=-1", "at least 0"],
+    ),
+    "steps a float": (lambda: solve(outer=never, steps=2.5), TypeError, ["steps=2.5", "float"]),
+    "no inner steps": (
+        lambda: solve(outer=never, inner_steps=0),
+        ValueError,
+        ["inner_steps=0", "at least 1"],
+    ),
+    "inner steps a bool": (
+        lambda: solve(outer=never, inner_steps=True),
+        TypeError,
+        ["inner_steps"],
+    ),
+    "checkpoint_every zero": (
+        lambda: solve(outer=never, checkpoint_every=0),
+        ValueError,
+        ["checkpoint_every=0", "at least 1"],
+    ),
+    "negative tol": (lambda: solve(outer=never, tol=-1e-3), ValueError, ["tol=-0.001", ">= 0"]),
+    "tol NaN": (lambda: solve(outer=never, tol=math.nan), ValueError, ["tol=nan"]),
+    # other entries
+    "hypergradient with a solver": (
+        lambda: bilevel.hypergradient(f, g, X, Y, method=bilevel.Neumann()),
+        TypeError,
+        ["Neumann", "not a hypergradient", "bilevel.Implicit(solver)"],
+    ),
+    "hypergradient with a bad loss": (
+        lambda: bilevel.hypergradient(lambda x, y: y, g, X, Y),
+        TypeError,
+        ["outer loss", "0-dim"],
+    ),
+    "check with no directions": (
+        lambda: bilevel.check(f, g, X, Y, directions=0),
+        ValueError,
+        ["directions=0", "at least 1"],
+    ),
+    "implicit of integers": (
+        lambda: bilevel.implicit(g, lambda x: x)(torch.tensor([1])),
+        TypeError,
+        ["x is torch.int64", "further argument"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_misuse(name):
+    call, kind, words = CASES[name]
+    with pytest.raises(kind) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_shared_parameters():
+    shared = nn.Linear(2, 2)
+    x, y = nn.Sequential(shared, nn.Linear(2, 2)), nn.Sequential(shared)
+    a = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="x and y share 2 parameters.*copy the Module"):
+        solve(lambda x, y: y(x(a)).sum(), lambda x, y: (y(x(a)) ** 2).sum(), x, y)
+
+
+def test_project_of_another_shape():
+    with pytest.raises(ValueError, match="a value for x has the structure.*same structure"):
+        solve(project=lambda x: x[:1])
+
+
+def test_misuse_leaves_the_module_as_it_was():
+    y = nn.Linear(2, 1).double()
+    before = [p.clone() for p in y.parameters()]
+    a = torch.ones(3, 2).double()
+    with pytest.raises(ValueError):
+        solve(lambda x, y: y(a).sum() * math.nan, lambda x, y: (y(a) - x).pow(2).mean(), X[0], y)
+    assert all(torch.equal(p, q) for p, q in zip(before, y.parameters(), strict=True))
+
+
+# -- what goes wrong midway -----------------------------------------------------------------------
+
+
+class Explosive(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["outer loss", "inner loss", "data"])
+def test_an_exception_midway_keeps_the_work(where, tmp_path):
+    """Ends the run with a warning, its reason and the last good point, and the checkpoint."""
+
+    def loss(base, name):
+        def call(x, y, batch):
+            if name == where and float(batch) == 2:
+                raise Explosive("at two")
+            return base(x, y) * (1 + 0 * batch)
+
+        return call
+
+    class Data:
+        def __iter__(self):
+            for j in range(40):
+                if where == "data" and j == 12:
+                    raise Explosive("at two")
+                yield t(2.0 if j == 12 else 1.0)
+
+    options = dict(
+        outer=loss(f, "outer loss"),
+        inner=loss(g, "inner loss"),
+        outer_data=[t(1.0)] * 4 + [t(2.0)],
+        inner_data=Data(),
+        inner_steps=3,
+        method="bisls-sgd",
+    )
+    path = tmp_path / "c"
+    with pytest.warns(RuntimeWarning, match="Explosive: at two.*last good point"):
+        result = solve(**options, steps=20, checkpoint=path)
+    done = len(result.history)
+    assert done == {"outer loss": 4, "inner loss": 3, "data": 3}[where]
+    assert result.reason == f"stopped at iteration {done}: Explosive: at two"
+    good = solve(**options, steps=done)
+    assert torch.equal(result.x, good.x) and torch.equal(result.y, good.y)
+    assert torch.load(path, weights_only=True)["k"] == done
+
+
+def test_an_exception_in_the_callback_is_the_users():
+    with pytest.raises(Explosive):
+        solve(callback=lambda s, r: (_ for _ in ()).throw(Explosive()))
+
+
+def test_an_exception_in_the_first_iteration_is_raised():
+    seen = []
+
+    def outer(x, y):
+        seen.append(1)
+        if len(seen) > 1:  # after the first look
+            raise Explosive("second")
+        return f(x, y)
+
+    with pytest.raises(Explosive, match="second"):
+        solve(outer=outer)

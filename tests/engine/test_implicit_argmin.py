@@ -1,0 +1,89 @@
+"""`implicit`: an argmin that is differentiable, under backward and torch.func."""
+
+import numpy as np
+import pytest
+import torch
+
+import bilevel
+from bilevel import ConjugateGradient, Neumann
+from tests.tables import MIXED, NESTED, QUADRATIC, RIDGES, SCALAR, flat, leaves, like, relative, t
+
+SOLVER = ConjugateGradient(200, 0.0)
+
+
+def argmin_of(case):
+    return lambda x: like(case.y, case.solution(flat(x).detach().numpy()))
+
+
+@pytest.mark.parametrize("case", [*RIDGES, QUADRATIC, NESTED, MIXED, SCALAR], ids=str)
+def test_backward_is_the_closed_form(case):
+    x = like(case.x, case.X)
+    parts = [leaf.requires_grad_() for leaf in leaves(x)]
+    y = bilevel.implicit(case.inner, argmin_of(case), SOLVER)(x)
+    assert type(y) is type(case.y) and relative([v.detach() for v in leaves(y)], case.Y) < 1e-14
+    case.outer(x, y).backward()
+    grad = flat([p.grad if p.grad is not None else torch.zeros_like(p) for p in parts])
+    assert relative(grad, case.exact) < max(1e-10, 20 * case.kappa * 2.3e-16)
+
+
+RIDGE = RIDGES[0]
+H0 = t(RIDGE.hessian(np.full(12, -np.inf)))  # the Hessian without penalty
+R0 = H0 @ t(np.linalg.solve(H0.numpy(), RIDGE.H @ RIDGE.Y))
+
+
+def solve_ridge(x):
+    """The ridge solution as torch operations, so that vmap can map it."""
+    return torch.linalg.solve(H0 + torch.diag(x.exp()), R0)
+
+
+def test_under_func_grad_and_jacrev():
+    case = RIDGE
+    y_star = bilevel.implicit(case.inner, solve_ridge, SOLVER)
+    grad = torch.func.grad(lambda x: case.outer(x, y_star(x)))(case.x)
+    assert relative(grad, case.exact) < 1e-10
+    jacobian = torch.func.jacrev(y_star)(case.x)
+    exact = -np.linalg.solve(case.H, case.cross(case.X))
+    assert relative(jacobian, exact.reshape(-1)) < 1e-10
+    assert relative(jacobian, torch.func.jacrev(solve_ridge)(case.x)) < 1e-10
+
+
+def test_under_vmap():
+    case = RIDGE
+    y_star = bilevel.implicit(case.inner, solve_ridge, SOLVER)
+    xs = torch.stack([case.x, case.x + 0.3, 0.5 * case.x])
+    grads = torch.func.vmap(torch.func.grad(lambda x: case.outer(x, y_star(x))))(xs)
+    for x, grad in zip(xs, grads, strict=True):
+        one = torch.func.grad(lambda x: case.outer(x, y_star(x)))(x)
+        assert relative(grad, one) < 1e-9
+    assert relative(grads[1], grads[0]) > 1e-3
+
+
+def test_gradcheck():
+    torch.autograd.gradcheck(
+        bilevel.implicit(RIDGE.inner, solve_ridge, SOLVER),
+        (RIDGE.x.clone().requires_grad_(),),
+        rtol=1e-6,
+    )
+
+
+def test_further_arguments_reach_both_functions():
+    def inner(x, y, shift, power):
+        return ((y - shift * x**power) ** 2).sum()
+
+    y_star = bilevel.implicit(inner, lambda x, shift, power: shift * x**power, SOLVER)
+    x = t([1.0, 2.0]).requires_grad_()
+    y_star(x, 3.0, 2).sum().backward()
+    assert torch.allclose(x.grad, 6 * x.detach())
+
+
+def test_the_solver_is_that_given():
+    case, step = RIDGE, 0.4
+    x = case.x.clone().requires_grad_()
+    y = bilevel.implicit(case.inner, argmin_of(case), Neumann(4, step=step))(x)
+    case.outer(x, y).backward()
+    h = bilevel.hypergradient(
+        case.outer, case.inner, case.x, case.y_star,
+        method=bilevel.Implicit(Neumann(4, step=step)),
+    )  # fmt: skip
+    assert relative(x.grad, flat(h.grad)) < 1e-12
+    assert relative(x.grad, case.exact) > 1e-2

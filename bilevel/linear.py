@@ -187,7 +187,7 @@ class ConjugateGradient:
 
     Args:
         steps: products at most, >= 1.
-        rtol: relative residual that is enough, >= 0.
+        rtol: relative residual that is enough after the first step, >= 0.
         warm_start: go on from the solution of the previous iteration where a method has one.
 
     Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here.
@@ -218,7 +218,8 @@ class ConjugateGradient:
         p = r
         rr = torch.dot(r, r)
         enough = self.rtol**2 * torch.dot(b, b)
-        active = rr > enough
+        # even a good guess takes one step, so that over the iterations of a method q converges
+        active = rr > 0
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
             if (b.device.type == "cpu" or i % 5 == 4) and _is_false(active):

@@ -101,10 +101,17 @@ def solve(
     if resume and checkpoint is None:
         raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
     if seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; pass a whole number.")
         torch.manual_seed(seed)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback={callback!r} cannot be called; pass a function(state, record).")
     problem = Problem(outer, inner, project, compile)
     state = method.init(x, y)
     oracle = make_oracle(problem, *state.layouts)
+    oracle.require_data(
+        outer=outer_data is None and data is None, inner=inner_data is None and data is None
+    )
     source = _Source(outer_data, inner_data, data, inner_steps, method.hypergradient.batches)
     start = state.vectors[1]
 
@@ -113,6 +120,7 @@ def solve(
     if resume and saver.exists():
         state, history = saver.restore(state)
     saver.note(state, history)
+    saver.write()  # a path that cannot be written is told before any work
     batches = None
     if state.k == 0 and steps > 0:
         batches = source.next()

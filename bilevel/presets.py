@@ -63,7 +63,7 @@ def bisls(
     _require_choice("bisls", "response", response, ("tangent", "refine", "frozen"))
     return Method(
         f"bisls-{direction}",
-        hypergradient or DEFAULT,
+        _hypergradient(hypergradient),
         SEARCHED_ADAM if direction == "adam" else Steepest(),
         Armijo(outer_step, slack=slack, reset=reset),
         Armijo(inner_step, reset=reset),
@@ -121,7 +121,7 @@ def bisps(
         )
     return Method(
         "bisps",
-        hypergradient or DEFAULT,
+        _hypergradient(hypergradient),
         Steepest(),
         Polyak(outer_lower_bound, c, lower, max_outer_step),
         Polyak(inner_lower_bound, c, 0.0, max_inner_step),
@@ -151,7 +151,7 @@ def fixed(
         _require_positive("fixed", name, step)
     return Method(
         direction,
-        hypergradient or DEFAULT,
+        _hypergradient(hypergradient),
         Adam() if direction == "adam" else Steepest(),
         Fixed(outer_step, decay),
         Fixed(inner_step, decay),
@@ -166,6 +166,17 @@ PRESETS: dict[str, Callable[[], Method]] = {
     "adam": partial(fixed, "adam"),
     "sgd": partial(fixed, "sgd"),
 }
+
+
+def _hypergradient(given: Hypergradient | None) -> Hypergradient:
+    if given is None:
+        return DEFAULT
+    if not hasattr(given, "estimate"):
+        raise TypeError(
+            f"hypergradient={given!r} is a {type(given).__name__}, not a hypergradient; wrap a "
+            f"linear solver as bilevel.Implicit(solver), or use Unrolled() or FiniteDifference()."
+        )
+    return given
 
 
 def _require_positive(owner: str, name: str, value: float) -> None:

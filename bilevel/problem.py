@@ -135,6 +135,15 @@ class Oracle:
 
     # -- the losses ------------------------------------------------------------------------
 
+    def require_data(self, **missing: bool) -> None:
+        """Refuse a loss that takes a batch where its data is missing."""
+        for level, absent in missing.items():
+            if absent and self._batched[level]:
+                raise TypeError(
+                    f"the {level} loss takes a batch, but {level}_data is None; pass "
+                    f"{level}_data=[batch] or a DataLoader, or write {level}(x, y)."
+                )
+
     def _batch(self, level: str, draw: Draw) -> tuple[Any, ...]:
         takes = self._batched[level]
         if draw.batch is not None and takes is False:

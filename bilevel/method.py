@@ -74,6 +74,14 @@ class Method:
     response: Literal["tangent", "refine", "frozen"] = "tangent"
     inner_solver: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.inner_solver is not None and self.hypergradient.keep != "nothing":
+            raise ValueError(
+                f"inner_solver with {self.hypergradient!r}: the steps of a solver of your own are "
+                f"not recorded, so there is nothing to go back through; use bilevel.Implicit(...), "
+                f"or leave inner_solver out."
+            )
+
     def init(self, x: Variable, y: Variable) -> State:
         """The state at the start. x and y are read, never modified."""
         layouts = Layout(x, "x"), Layout(y, "y")

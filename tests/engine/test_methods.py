@@ -623,6 +623,10 @@ def test_inner_solver_that_is_no_solver():
         (lambda: bilevel.bisps(min_outer_step=0.1), ["min_outer_step=0.1", "max_outer_step"]),
         (lambda: bilevel.bisps(1.0, 1.0, 2.0), ["min_outer_step=2.0", "ceiling"]),
         (lambda: bilevel.bisps(c=0.0), ["c=0.0", "positive"]),
+        (
+            lambda: bilevel.bisls(hypergradient=Unrolled(), inner_solver=torch.optim.SGD),
+            ["inner_solver", "Unrolled(", "not recorded", "Implicit"],
+        ),
         (lambda: bilevel.fixed("rmsprop"), ["direction='rmsprop'", "'adam'"]),
         (lambda: bilevel.fixed(outer_step=-1.0), ["outer_step=-1.0", "positive"]),
         (lambda: bilevel.fixed(inner_step="big"), ["inner_step='big'", "positive"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import ConjugateGradient, Implicit, Unrolled, hypergradients, linear
+from bilevel import ConjugateGradient, Implicit, hypergradients, linear
 from bilevel.data import Cycle
 from bilevel.problem import Draw, Pullback
 from bilevel.rules import Armijo, Move

@@ -172,8 +172,8 @@ CASES = {
     # data
     "no data for a loss that takes some": (
         lambda: solve(outer=fb),
-        (TypeError, ValueError),
-        ["outer", "batch"],
+        TypeError,
+        ["outer loss takes a batch", "outer_data is None", "outer_data=[batch]", "outer(x, y)"],
     ),
     "data for a loss that takes none": (
         lambda: solve(outer_data=[t(1.0)]),
@@ -264,6 +264,21 @@ CASES = {
         lambda: solve(outer=never, checkpoint_every=0),
         ValueError,
         ["checkpoint_every=0", "at least 1"],
+    ),
+    "callback not callable": (
+        lambda: solve(outer=never, callback=3),
+        TypeError,
+        ["callback=3", "function(state, record)"],
+    ),
+    "seed a string": (
+        lambda: solve(outer=never, seed="0"),
+        TypeError,
+        ["seed='0'", "str", "whole number"],
+    ),
+    "a solver as hypergradient of a method": (
+        lambda: bilevel.bisls(hypergradient=bilevel.Neumann()),
+        TypeError,
+        ["Neumann", "not a hypergradient", "bilevel.Implicit(solver)"],
     ),
     "negative tol": (lambda: solve(outer=never, tol=-1e-3), ValueError, ["tol=-0.001", ">= 0"]),
     "tol NaN": (lambda: solve(outer=never, tol=math.nan), ValueError, ["tol=nan"]),

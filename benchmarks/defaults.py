@@ -127,6 +127,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--variants", nargs="*", default=list(variants()))
     parser.add_argument("--no-grid", action="store_true")
+    parser.add_argument("--name", default="defaults", help="of the file that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
     cells = [] if options.no_grid else list(grid())
@@ -151,7 +152,7 @@ def main(argv: list[str]) -> None:
             tuned["method"] = f"best of {len(cells)} fixed: {tuned['method']}"
             rows.append(tuned | {"search seconds": searched})
     names = list(dict.fromkeys(key for row in rows for key in row))
-    write("defaults", [{name: row.get(name, "") for name in names} for row in rows])
+    write(options.name, [{name: row.get(name, "") for name in names} for row in rows])
 
 
 def _objective(row: dict[str, Any]) -> float:

@@ -137,6 +137,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 "step() got a closure and loss=, which may disagree. Give one of the two."
             )
+        self._check_mode()
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -146,7 +147,6 @@ class Optimizer(torch.optim.Optimizer):
                 "step(loss=loss) after loss.backward(), or step(closure) with a closure that "
                 "returns the loss."
             )
-        self._check_mode()
         cohorts = self._lay_out()
         if cohorts:
             self._advance(cohorts, loss, target)

@@ -184,7 +184,9 @@ class Cohort:
         for p, s in self.large:
             names = _names(s)
             flat = [p.detach(), _gradient(p)] + [s[name] for name in names]
-            for y, g, *state in zip(*(t.view(-1).split(PIECE) for t in flat), strict=True):
+            whole = p.numel() <= PIECE
+            views = ([t.view(-1)] if whole else t.view(-1).split(PIECE) for t in flat)
+            for y, g, *state in zip(*views, strict=True):
                 lists = {name: [t] for name, t in zip(names, state, strict=True)}
                 yield Piece(self.group, self.step, y, g, lists)
 

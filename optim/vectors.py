@@ -89,14 +89,14 @@ class Flat(Fused):
     """
 
     def __init__(self) -> None:
-        self.memory: dict[torch.dtype, Tensor] = {}
+        self.memory: dict[tuple[torch.dtype, int], Tensor] = {}
         self.root: tuple[Tensor, Tensor] | None = None
 
     def _scratch(self, like: Tensor) -> Tensor:
-        n = like.numel()
-        if like.dtype not in self.memory or self.memory[like.dtype].numel() < n:
-            self.memory[like.dtype] = torch.zeros(n, dtype=like.dtype)
-        return self.memory[like.dtype][:n]
+        key = like.dtype, like.numel()
+        if key not in self.memory:
+            self.memory[key] = torch.zeros_like(like)
+        return self.memory[key]
 
     def dot(self, a: Vector, b: Vector) -> Tensor:
         return torch.dot(a[0], b[0])

@@ -64,6 +64,21 @@ def test_sps_safe():
     assert largest(a, b) < 1e-12
 
 
+def test_ima_sps_safe():
+    """Constant averaging without a safeguard; with one, IAM has no counterpart here."""
+    sps_safe = pytest.importorskip("sps_safe")
+    problem = RandomSteps(50)
+    a, b = problem.params(), problem.params()
+    ours = optim.IAM(a, averaging=1.0, max_lr=np.inf)
+    theirs = sps_safe.IMA_SPS_safe(b, lambd=1.0, M=1e-12)
+    for t in range(50):
+        problem.step(ours, t, a, target=0.0)
+        for p, q in zip(a, b, strict=True):
+            q.grad = p.grad.clone()
+        theirs.step(loss=torch.tensor(problem.losses[t]))
+    assert largest(a, b) < 1e-12
+
+
 def test_momo_without_momentum():
     """Momo with beta = 0 is SPS with a cap."""
     momo = pytest.importorskip("momo")

@@ -22,26 +22,36 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-def save(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
     """Write ``content`` (tensors, numbers, strings, lists, dicts) to a temporary file beside
-    ``path``, flush it to the disk, and rename: a reader sees the old file or the new one."""
+    ``path``, flush it to the disk, and rename: a reader sees the old file or the new one.
+
+    ``keep``: an old file becomes ``<path>.old``.
+    """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    except OSError as error:
-        raise OSError(
-            f"cannot write a checkpoint to {path}: {error}; choose a folder that can be written."
-        ) from error
+    handle, name = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save({"version": VERSION, **content}, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, f"{path}.old")
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside ``path``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    except OSError as error:
+        raise OSError(
+            f"cannot write a checkpoint to {path}: {error}; choose a folder that can be written."
+        ) from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -80,9 +90,17 @@ class Saver:
     def __init__(self, path: str | os.PathLike[str] | None, source: Any, device: torch.device):
         self.path, self.source, self.device = path, source, device
         self._noted: tuple[State, list[Record], int, Any, Any] | None = None
+        self._continues = False  # whether the file at the path is of this run
 
     def exists(self) -> bool:
         return self.path is not None and os.path.exists(self.path)
+
+    def prepare(self) -> None:
+        """Tell before any work whether the path can be written."""
+        if self.path is not None:
+            handle, name = _temporary(Path(self.path))
+            os.close(handle)
+            os.unlink(name)
 
     def note(self, state: State, history: list[Record]) -> None:
         """The point to go on from; before the batches of the next iteration are drawn."""
@@ -96,11 +114,14 @@ class Saver:
         if self.path is not None and self._noted is not None:
             state, history, count, position, generators = self._noted
             content = pack(state, history[:count])
-            save(self.path, {**content, "source": position, "generators": generators})
+content = {**content, "source": position, "generators": generators}
+            save(self.path, content, keep=not self._continues)  # the checkpoint of another run
+            self._continues = True
 
     def restore(self, state: State) -> tuple[State, list[Record]]:
         assert self.path is not None
         saved = load(self.path)
+        self._continues = True
         state, history = unpack(saved, state)
         self.source.load_state_dict(saved["source"])
         restore_generators(saved["generators"], self.device)

@@ -20,9 +20,10 @@ from torch import Tensor
 from bilevel.linear import Neumann, Solver, _require_count, _require_step, curvature
 from bilevel.problem import Draw, Oracle, Products
 
-# along a direction d of x: the slope of f(x + t d, y(t)) at 0, and y(t), None where not to be had
-Follow = Callable[[float], "Tensor | None"]
-Response = Callable[[Tensor], tuple[Tensor, Follow]]
+# (t, x + t d) -> y(t), or None where that is not to be had
+Follow = Callable[[float, Tensor], "Tensor | None"]
+# along a direction d of x: the slope of f(x + t d, y(t)) at t = 0, and y(t)
+Respond = Callable[[Tensor], tuple[Tensor, Follow]]
 
 
 class InnerStep(NamedTuple):
@@ -39,17 +40,19 @@ class Estimate:
     """A hypergradient on flat vectors.
 
     Attributes:
-        grad: dF/dx.   value: f(x, y).   inner_value: g(x, y), None if not evaluated.
+        grad: dF/dx.   direct: its part f_x.
+        value: f(x, y).   inner_value: g(x, y), None if not evaluated.
         residual: ||g_yy q - f_y|| / ||f_y||, None where no linear system is solved.
-        q: solution of that system, to go on from.   respond: see :data:`Response`.
+        q: solution of that system, to go on from.   respond: see :data:`Respond`.
     """
 
     grad: Tensor
+    direct: Tensor
     value: Tensor
     inner_value: Tensor | None
     residual: Tensor | None
     q: Tensor | None
-    respond: Response
+    respond: Respond
 
 
 class Hypergradient(Protocol):
@@ -139,10 +142,10 @@ class Implicit:
             w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
             drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
 
-            def follow(t: float) -> Tensor | None:
+            def follow(t: float, xt: Tensor) -> Tensor | None:
                 # going along the tangent must serve the inner loss better than staying: to first
                 # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it
-                xt, yt = x + t * d, y + t * w
+                yt = y + t * w
                 moved = oracle.value("inner", xt, yt, inner[0])
                 stayed = oracle.value("inner", xt, y, inner[0]) + t * drift
                 rounding = 8 * torch.finfo(y.dtype).eps * stayed.abs()
@@ -150,7 +153,7 @@ class Implicit:
 
             return torch.dot(fx, d) + torch.dot(fy, w), follow
 
-        return Estimate(fx - gxy_q, value, pull.value, residual, q, respond)
+        return Estimate(fx - gxy_q, fx, value, pull.value, residual, q, respond)
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,8 @@ class Unrolled:
         q0: Tensor | None,
     ) -> Estimate:
         del inner, q0
-        value, grad, adjoint = oracle.outer_gradients(x, y, outer)
+        value, direct, adjoint = oracle.outer_gradients(x, y, outer)
+        grad = direct
         inner_value = None
         for y_t, draw, size, graph in reversed(path):
             graph = graph or oracle.record(x, y_t, draw)
@@ -282,12 +286,12 @@ class Unrolled:
             adjoint = adjoint - size * gyy
 
         def respond(d: Tensor) -> tuple[Tensor, Follow]:
-            def replay(t: float) -> Tensor:
+            def replay(t: float, xt: Tensor) -> Tensor:
                 y_t = path[0].y
                 for _, draw, size, _ in path:
-                    y_t = y_t - size * oracle.inner_gradient(x + t * d, y_t, draw)[1]
+                    y_t = y_t - size * oracle.inner_gradient(xt, y_t, draw)[1]
                 return y_t
 
-            return torch.dot(grad, d), replay if path else lambda t: y
+            return torch.dot(grad, d), replay if path else lambda t, xt: y
 
-        return Estimate(grad, value, inner_value, None, None, respond)
+        return Estimate(grad, direct, value, inner_value, None, None, respond)

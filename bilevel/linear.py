@@ -133,6 +133,9 @@ class StochasticNeumann:
       draw has a relative deviation of about one. Not for searched steps, whose test needs a
       meaningful predicted decrease.
 
+    Too few terms for the condition number leave a hypergradient whose sign cannot be trusted; the
+    residual, measured on the first batch, tells.
+
     Args:
         terms: length of the series, >= 1, and number of independent batches.
         step: as for :class:`Neumann`; 'auto' uses 1 / (twice the curvature of the first batch),

@@ -68,7 +68,7 @@ def solve(
         progress: a bar on stderr; None: where that is a terminal.
         checkpoint: path of a file that is rewritten, atomically, every ``checkpoint_every``
             iterations and at the end; with ``resume``, a run goes on from it if it exists, to the
-            same result bit for bit.
+            same result bit for bit; without, an old file is kept as ``<path>.old``.
         compile: compile the two losses with torch.compile; falls back, with a warning.
         seed: of torch's generators. Same seed, same machine, same bits.
 
@@ -120,7 +120,7 @@ def solve(
     if resume and saver.exists():
         state, history = saver.restore(state)
     saver.note(state, history)
-    saver.write()  # a path that cannot be written is told before any work
+    saver.prepare()
     batches = None
     if state.k == 0 and steps > 0:
         batches = source.next()

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.hypergradients import Estimate, Follow, Hypergradient, InnerStep
+from bilevel.hypergradients import Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
@@ -26,6 +26,7 @@ from bilevel.rules import (
     Rule,
     Steepest,
 )
+from bilevel.trials import Response, Trials
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ class State:
 class Method:
     """One outer iteration: inner steps, a hypergradient, an outer step.
 
-    Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial
-    x + t d is judged: 'tangent' follows y*(x) as the hypergradient predicts, 'refine' takes one
-    inner step at the trial (and at the base), 'frozen' keeps y.
+    Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial is
+    judged: see :class:`bilevel.trials.Trials`.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Method:
     direction: Steepest | Adam
     outer_rule: Rule
     inner_rule: Rule
-    response: Literal["tangent", "refine", "frozen"] = "tangent"
+    response: Response = "tangent"
     inner_solver: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -132,9 +132,10 @@ class Method:
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q)
         d, moments = self.direction(h.grad, state.moments)
         searches = self.outer_rule.searches(state.k, state.outer_last)
-        line, reach = self._line(oracle, x, y, outer, hessian[0], h, d, inner, searches)
-        move = self.outer_rule(line, state.k, state.outer_last)
-        new_x, new_y = reach(move.size)
+        response = self.response if searches else None
+        trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size)
+        move = self.outer_rule(trials.line, state.k, state.outer_last)
+        new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
 
         inner_value = h.inner_value if h.inner_value is not None else inner.value
@@ -221,57 +222,6 @@ class Method:
             out.trials += move.trials
             out.failures += move.failed
         return y, path, out
-
-    def _line(
-        self,
-        oracle: Oracle,
-        x: Tensor,
-        y: Tensor,
-        outer: Draw,
-        inner_draw: Draw,
-        h: Estimate,
-        d: Tensor,
-        inner: _Inner,
-        searches: bool,
-    ) -> tuple[Line, Callable[[float | Tensor], tuple[Tensor, Tensor | None]]]:
-        """phi(t) = f(x + t d, y(t)), and t -> (x + t d, y(t)), both through the projection."""
-        value, slope = h.value, torch.dot(h.grad, d)
-        follow: Follow | None = None
-        response = self.response if searches else "frozen"
-        if response == "tangent":
-            slope, follow = h.respond(d)
-        seen: dict[float, tuple[Tensor, Tensor | None]] = {}
-
-        def reach(t: float | Tensor) -> tuple[Tensor, Tensor | None]:
-            if isinstance(t, float) and t in seen:
-                return seen[t]
-            free = x + t * d
-            xt = oracle.project(free)
-            yt: Tensor | None = y
-            if response == "refine":
-                yt = y - inner.size * oracle.inner_gradient(xt, y, inner_draw)[1]
-            elif follow is not None and isinstance(t, float) and t > 0:
-                if oracle.problem.project is None or torch.equal(xt, free):
-                    yt = follow(t)
-                else:  # the tangent along the arc that the projection bends
-                    yt = h.respond(xt - x)[1](1.0)
-            if isinstance(t, float):
-                if len(seen) > 1:  # an accepted trial is the last or the one before
-                    del seen[next(iter(seen))]
-                seen[t] = xt, yt
-            return xt, yt
-
-        def phi(t: float) -> Tensor:
-            xt, yt = reach(t)
-            return (
-                torch.full_like(value, math.inf)
-                if yt is None
-                else oracle.value("outer", xt, yt, outer)
-            )
-
-        if response == "refine":  # base and trial on the same map y(t), or no t may do
-            value = phi(0.0)
-        return Line(value, slope, phi), reach
 
 
 def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:

@@ -11,6 +11,7 @@ from bilevel.hypergradients import Hypergradient, Implicit
 from bilevel.linear import ConjugateGradient
 from bilevel.method import Method
 from bilevel.rules import Adam, Armijo, Fixed, Polyak, Reset, Steepest
+from bilevel.trials import Response
 
 Direction = Literal["adam", "sgd"]
 
@@ -29,7 +30,7 @@ def bisls(
     reset: Reset = "grow",
     hypergradient: Hypergradient | None = None,
     *,
-    response: Literal["tangent", "refine", "frozen"] = "tangent",
+    response: Response = "tangent",
     inner_solver: Callable[..., Any] | None = None,
 ) -> Method:
     """BiSLS: a stochastic Armijo search at both levels (BiSLS-SGD, BiSLS-Adam).
@@ -47,7 +48,7 @@ def bisls(
         reset: where searches start: 'grow' (twice the last step), 'last', 'fixed'.
         hypergradient: None: implicit, by conjugate gradients to a relative
             residual of 0.1 in at most 20 steps.
-        response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`Method`.
+        response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.
         inner_solver: your own way to y, see :func:`bilevel.solve`.
 
     Reference: Fan et al. 2023 (arXiv 2305.18666). The response 'tangent' is ours.

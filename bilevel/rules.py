@@ -24,11 +24,13 @@ class Line:
 
     Attributes:
         value: phi(0).   slope: phi'(0), negative on a descent direction.   phi: t -> phi(t).
+        predicted: t -> the change of phi to first order; None: t phi'(0), a straight line.
     """
 
     value: Tensor
     slope: Tensor
     phi: Callable[[float], Tensor]
+    predicted: Callable[[float], float] | None = None
 
 
 class Move(NamedTuple):
@@ -94,10 +96,11 @@ class Armijo:
             return Move(0.0, last)
         # near a solution the decrease falls below the rounding error of phi
         rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
+        predicted = line.predicted or (lambda t: t * slope)
         grow = None
         if last is None or self.reset == "fixed":
             start, grow = self.initial, 2.0 if self.reset != "fixed" else None
-        elif self.reset == "grow" and -2 * last * slope > rounding:
+        elif self.reset == "grow" and -predicted(2 * last) > rounding:
             start = 2 * last
         else:  # what cannot be seen in phi must not make the step grow
             start = last
@@ -106,6 +109,7 @@ class Armijo:
             value,
             slope,
             start,
+            predicted=predicted,
             c=self.c,
             grow=grow,
             slack=rounding + self.slack * abs(value),

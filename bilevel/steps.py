@@ -62,6 +62,7 @@ def armijo(
     slope: float,
     start: float,
     *,
+    predicted: Callable[[float], float] | None = None,
     c: float = 0.1,
     shrink: float = 0.5,
     grow: float | None = None,
@@ -75,6 +76,8 @@ def armijo(
         value: phi(0).
         slope: phi'(0) < 0.
         start: first t tried.
+        predicted: t -> change of phi to first order, instead of t phi'(0), for a line that a
+            projection bends; a trial where it is positive is refused.
         c: share of the predicted decrease that is asked for, in (0, 1).
         shrink: factor after a refusal, in (0, 1).
         grow: factor > 1 by which t is enlarged while trials are accepted and phi falls;
@@ -89,7 +92,8 @@ def armijo(
     t, best = start, Search(0.0, value, 0, False)
     for trials in range(1, max_trials + 1):
         v = phi(t)
-        ok = math.isfinite(v) and v <= value + c * t * slope + slack
+        change = t * slope if predicted is None else predicted(t)
+        ok = math.isfinite(v) and change <= 0 and v <= value + c * change + slack
         if ok and grow is not None and (not best.accepted or v < best.value):
             best, t = Search(t, v, trials, True), t * grow
         elif ok and not best.accepted:

@@ -66,7 +66,7 @@ def tangent_slope(method, case: Case) -> None:
         slope, follow = h.respond(d)
 
         def phi(t: float, d=d, follow=follow) -> float:
-            y = follow(t)
+            y = follow(t, X + t * d)
             assert y is not None
             return float(oracle.value("outer", X + t * d, y, Draw()))
 

@@ -69,7 +69,7 @@ def wrong_way(h, *rest):
     def backwards(d):
         slope, follow = respond(d)
         y = rest[2]
-        return slope, lambda t: None if follow(t) is None else 2 * y - follow(t)
+        return slope, lambda t, xt: None if follow(t, xt) is None else 2 * y - follow(t, xt)
 
     h.respond = backwards
     return h

@@ -1,0 +1,87 @@
+"""The points that an outer search tries: x(t) = P(x + t d), and the y(t) each is judged on."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bilevel.hypergradients import Estimate
+from bilevel.problem import Draw, Oracle
+from bilevel.rules import Line
+
+Response = Literal["tangent", "refine", "frozen"]
+
+
+class Trials:
+    """phi(t) = f(x(t), y(t)) along d, with y(t) one of
+
+    * 'tangent': the response that the hypergradient differentiates (see
+      :mod:`bilevel.hypergradients`); its slope is that of h, so that some t always does;
+    * 'refine': one inner step of the last size taken at x(t), at the base as well: closest to the
+      paper's words. It answers by a part of the response only, and may find no t where y is far
+      from its solution;
+    * 'frozen': y itself; blind where f depends on x through y alone.
+
+    None is for rules that try nothing: they see <h, d> as the slope.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        point: tuple[Tensor, Tensor],
+        outer: Draw,
+        inner: Draw,
+        h: Estimate,
+        d: Tensor,
+        response: Response | None,
+        inner_size: float | Tensor,
+    ) -> None:
+        self._oracle, self._outer, self._inner = oracle, outer, inner
+        self._x, self._y = point
+        self._h, self._d, self._response, self._inner_size = h, d, response, inner_size
+        self._projects = oracle.problem.project is not None
+        self._seen: dict[float, tuple[Tensor, Tensor | None]] = {}
+        self._follow = None
+        slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
+        if response == "tangent":
+            slope, self._follow = h.respond(d)
+        value = h.value
+        if response == "refine":  # base and trial on the same map y(t), or no t may do
+            value = self.phi(0.0)
+        self.line = Line(value, slope, self.phi, self._predicted if self._projects else None)
+
+    def reach(self, t: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""
+        if isinstance(t, Tensor):
+            return self._oracle.project(self._x + t * self._d), self._y
+        if t not in self._seen:
+            if len(self._seen) > 1:  # an accepted trial is the last or the one before
+                del self._seen[next(iter(self._seen))]
+            free = self._x + t * self._d
+            xt = self._oracle.project(free)
+            bent = self._projects and not torch.equal(xt, free)
+            self._seen[t] = xt, self._respond(t, xt, bent)
+        return self._seen[t]
+
+    def _respond(self, t: float, xt: Tensor, bent: bool) -> Tensor | None:
+        if self._response == "refine":
+            _, gy = self._oracle.inner_gradient(xt, self._y, self._inner)
+            return self._y - self._inner_size * gy
+        if self._follow is None or t == 0:
+            return self._y
+        if bent:  # the tangent along the arc that the projection bends
+            return self._h.respond(xt - self._x)[1](1.0, xt)
+        return self._follow(t, xt)
+
+    def phi(self, t: float) -> Tensor:
+        xt, yt = self.reach(t)
+        if yt is None:
+            return torch.full_like(self._h.value, math.inf)
+        return self._oracle.value("outer", xt, yt, self._outer)
+
+    def _predicted(self, t: float) -> float:
+        """<h, x(t) - x>: what the projection cuts off cannot be gained."""
+        return float(torch.dot(self._h.grad, self.reach(t)[0] - self._x))

@@ -114,7 +114,7 @@ class Saver:
         if self.path is not None and self._noted is not None:
             state, history, count, position, generators = self._noted
             content = pack(state, history[:count])
-content = {**content, "source": position, "generators": generators}
+            content |= {"source": position, "generators": generators}
             save(self.path, content, keep=not self._continues)  # the checkpoint of another run
             self._continues = True
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Vector = list[Tensor]
+FUSED = ("cpu", "cuda")  # devices with torch's fused optimizers
 
 
 class Plain:
@@ -60,15 +61,25 @@ class Plain:
 
 
 class Fused(Plain):
-    """Adam's update by torch's own kernel."""
+    """Moves by the kernels of torch's own SGD and Adam.
+
+    One pass each, and their ``found_inf`` is a skip that the host need not know of.
+    """
+
+    def descend(self, z: Vector, g: Vector, step: Tensor, skip: Tensor) -> None:
+        if z[0].device.type not in FUSED:
+            return super().descend(z, g, step, skip)
+        torch._fused_sgd_(
+            z, g, [], lr=step if step.device.type == "cpu" else step.float(),
+            weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
+            is_first_step=False, grad_scale=None, found_inf=skip.float(),
+        )  # fmt: skip
 
     def adam_descend(
         self, z: Vector, g: Vector, v: Vector, k: Tensor, step: Tensor, skip: Tensor,
         beta2: float, eps: float,
     ) -> None:  # fmt: skip
-        # Without its momentum the kernel is this very update in one pass, and its ``found_inf`` is
-        # a skip that the host need not know of.
-        if z[0].device.type not in ("cpu", "cuda"):
+        if z[0].device.type not in FUSED:
             return super().adam_descend(z, g, v, k, step, skip, beta2, eps)
         torch._fused_adam_(
             z, g, self.momentum(g), v, [], [k.float()] * len(z),
@@ -113,10 +124,6 @@ class Flat(Fused):
         d.addcmul_(g[0], g[0], value=1 - beta2).sqrt_().add_(eps * root)
         return torch.dot(g[0], torch.div(g[0], d, out=d)) * root
 
-    def descend(self, z: Vector, g: Vector, step: Tensor, skip: Tensor) -> None:
-        del skip  # the step is 0 then, and 0 times what nan_to_num leaves is 0
-        self.add(z, -step, [torch.nan_to_num(g[0], 0.0, 0.0, 0.0, out=self._scratch(g[0]))])
-
     def momentum(self, g: Vector) -> Vector:
         return [self._scratch(g[0])]
 
@@ -149,10 +156,6 @@ class Lists(Fused):
 
     def add(self, a: Vector, w: Tensor, b: Vector) -> None:
         torch._foreach_add_(a, torch._foreach_mul(b, w))
-
-    def descend(self, z: Vector, g: Vector, step: Tensor, skip: Tensor) -> None:
-        del skip  # as for Flat
-        self.add(z, -step, [torch.nan_to_num(q, 0.0, 0.0, 0.0) for q in g])
 
     def momentum(self, g: Vector) -> Vector:
         return [torch.zeros_like(q) for q in g]

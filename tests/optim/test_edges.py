@@ -212,7 +212,7 @@ def test_sparse_is_refused(method):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("method", POLYAK, ids=str)
+@pytest.mark.parametrize("method", POLYAK_ONCE, ids=str)
 def test_bfloat16_keeps_float32_state(method, foreach):
     """Parameters in bfloat16 follow the float32 run to bfloat16's precision, over many steps."""
     finals = []

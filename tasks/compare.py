@@ -26,6 +26,10 @@ METHODS: dict[str, Callable[..., bilevel.Method]] = {
 GRIDS: dict[str, tuple[dict[str, tuple[float, ...]], tuple[float, ...]]] = {
     "none": ({}, ()),
     "small": ({"adam": (1e-3, 1e-2, 1e-1), "sgd": (1e-1, 1e0, 1e1)}, (1e-1, 1e0)),
+    "medium": (
+        {"adam": (1e-3, 1e-2, 1e-1), "sgd": (1e-2, 1e-1, 1e0)},
+        (1e-2, 1e-1, 1e0),
+    ),
     "large": (
         {
             "adam": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0),

@@ -1,0 +1,57 @@
+"""The compiled oracle against the plain one, and its fallback."""
+
+import warnings
+
+import pytest
+import torch
+
+import bilevel
+from tests.tables import RIDGES
+
+pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
+
+
+def run(compile, outer=None, **options):
+    case = RIDGES[0]
+    return bilevel.solve(
+        outer or case.outer,
+        case.inner,
+        case.x,
+        case.y,
+        method="bisls-sgd",
+        steps=3,
+        inner_steps=3,
+        compile=compile,
+        **options,
+    )
+
+
+def test_compiled_steps_equal_plain_ones():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast = run(True)
+    assert not any("cannot be compiled" in str(w.message) for w in caught)
+    plain = run(False)
+    for one, other in zip(fast.history, plain.history, strict=True):
+        assert one.outer_loss == pytest.approx(other.outer_loss, rel=1e-10)
+        assert one.hypergrad_norm == pytest.approx(other.hypergrad_norm, rel=1e-8)
+        assert one.residual == pytest.approx(other.residual, rel=1e-6)
+        assert (one.outer_step, one.outer_trials) == (other.outer_step, other.outer_trials)
+        assert (one.gradients, one.hessian_products, one.loss_evaluations) == (
+            other.gradients,
+            other.hessian_products,
+            other.loss_evaluations,
+        )
+    torch.testing.assert_close(fast.x, plain.x, rtol=1e-9, atol=1e-12)
+
+
+def test_what_cannot_be_compiled_falls_back_to_the_same_bits():
+    case = RIDGES[0]
+
+    def outer(x, y):
+        return case.outer(x, y) if float(y.detach().sum()) < 1e9 else y.sum()
+
+    with pytest.warns(RuntimeWarning, match="outer loss cannot be compiled.*going on without"):
+        fast = run(True, outer)
+    assert fast.reason == "all 3 steps were taken"
+    torch.testing.assert_close(fast.x, run(False, outer).x, rtol=1e-9, atol=1e-12)

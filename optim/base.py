@@ -170,7 +170,7 @@ class Optimizer(torch.optim.Optimizer):
         self._cache.decision = decision._replace(step=step * self.param_groups[0]["lr"])
 
         weights: dict[Any, Memory] = {}
-        for block in blocks:
+        for block in reversed(blocks):  # what was measured last is still in the cache
             key = id(block.group), block.device, block.dtype
             if key not in weights:
                 w = self._weights(block.group, s, step, ok)

@@ -14,7 +14,7 @@ TASKS = {
     "hyper-representation": "learn features whose linear head does well on new data",
     "data-cleaning": "find the wrong labels of a training set by weighting its samples",
     "regularization": "choose one penalty per feature or class of a logistic regression",
-    "poisson": "recover the coefficient of Poisson's equation from its solution",
+    "poisson": "Poisson regression with the optimal value of every batch known",
     "synthetic": "a one-dimensional (L0, L1)-smooth function with known solution",
     "model-distillation": "teach a small language model from a black-box teacher",
     "language-model": "pre-train GPT-2 style, LSTM and T5 models with single-level optimizers",

@@ -18,51 +18,103 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
 COLOURS = ("#000000", "#c1440e", "#2a6ebb", "#6c9a2a", "#8a8a8a", "#b37ebe")
 
+#: (xs, ys), or (xs, ys, lows, highs)
+Curve = Sequence[Sequence[float]]
+
 
 def curves(
     path: str | Path,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, Curve],
     x_label: str,
     y_label: str,
     title: str = "",
     log_y: bool = False,
+    log_x: bool = False,
 ) -> Path:
     """Draw curves over one pair of axes.
 
     Args:
         path: of the PNG file.
-        series: the points (xs, ys) of each curve by its name in the legend; a curve is broken
-            where y is not finite (on a logarithmic axis: not positive).
+        series: the points (xs, ys) of each curve by its name in the legend, or (xs, ys, lows,
+            highs) with a band around it; a curve is broken where y is not finite (on a
+            logarithmic axis: not positive).
         x_label, y_label: what the axes show, with the unit: "time [s]", "outer iteration".
         title: above the axes.
-        log_y: a logarithmic y axis.
+        log_y, log_x: logarithmic axes.
     """
-    if not series:
-        raise ValueError("there are no curves to draw: series is empty")
-    for name, (xs, ys) in series.items():
-        if len(xs) != len(ys):
-            raise ValueError(f"curve {name!r} has {len(xs)} x values and {len(ys)} y values")
     figure = _figure((6.4, 4.2))
     axes = figure.add_subplot()
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        y = torch.as_tensor(ys, dtype=torch.float64).cpu()
-        drawn = y.isfinite() & ((y > 0) | (not log_y))
+    _draw(axes, series, log_x, log_y)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.legend()
+    return _save(figure, path)
+
+
+def panels(
+    path: str | Path,
+    series: Mapping[str, Mapping[str, Curve]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_y: bool = False,
+    log_x: bool = False,
+    columns: int = 3,
+) -> Path:
+    """Draw curves over several pairs of axes of one scale, each under its own title.
+
+    Args:
+        series: the curves of each panel, as for :func:`curves`, by the panel's title.
+        columns: panels per row.
+    """
+    columns = min(columns, len(series))
+    rows = -(-len(series) // columns)
+    figure = _figure((2.9 * columns + 0.6, 2.5 * rows + 0.5))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, (name, curves_) in zip(grid, series.items(), strict=False):
+        _draw(axes, curves_, log_x, log_y)
+        axes.set_title(name, fontsize=10)
+        axes.legend(fontsize=7)
+    for axes in grid[len(series) :]:
+        axes.set_axis_off()
+    figure.supxlabel(x_label, fontsize=10)
+    figure.supylabel(y_label, fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def _draw(axes: Any, series: Mapping[str, Curve], log_x: bool, log_y: bool) -> None:
+    if not series:
+        raise ValueError("there are no curves to draw: series is empty")
+    for i, (name, (xs, *heights)) in enumerate(series.items()):
+        for ys in heights:
+            if len(xs) != len(ys):
+                raise ValueError(f"curve {name!r} has {len(xs)} x values and {len(ys)} y values")
+        x = torch.as_tensor(xs, dtype=torch.float64).tolist()
+        y, *band = (_drawn(ys, log_y) for ys in heights)
+        colour = COLOURS[i % len(COLOURS)]
         axes.plot(
-            torch.as_tensor(xs, dtype=torch.float64).tolist(),
-            torch.where(drawn, y, torch.nan).tolist(),
+            x,
+            y,
             label=name,
-            color=COLOURS[i % len(COLOURS)],
+            color=colour,
             linestyle=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=4,
             markevery=max(1, len(y) // 10),
         )
+        if band:
+            axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+    if log_x:
+        axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    return _save(figure, path)
+
+
+def _drawn(ys: Sequence[float], log_y: bool) -> list[float]:
+    y = torch.as_tensor(ys, dtype=torch.float64).cpu()
+    return torch.where(y.isfinite() & ((y > 0) | (not log_y)), y, torch.nan).tolist()
 
 
 def image_grid(

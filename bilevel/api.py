@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel.distributed import Ranks
 from bilevel.hypergradients import (
     Estimate,
     FiniteDifference,
@@ -65,6 +66,8 @@ def hypergradient(
         method: :class:`Implicit`, :class:`Unrolled` or :class:`FiniteDifference`.
         inner_batches: independent batches for the factors of :class:`StochasticNeumann`.
 
+    On several ranks (see :func:`bilevel.solve`) all must call it, each with its own shards.
+
     Returns:
         A :class:`HypergradientValue`.
 
@@ -94,7 +97,7 @@ def hypergradient(
         )
     layouts = Layout(x, "x"), Layout(y, "y")
     oracle = make_oracle(Problem(outer, inner), *layouts)
-    X, Y = layouts[0].flatten(x), layouts[1].flatten(y)
+    X, Y = Ranks(layouts[1].device).start(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
     batches = [inner_batch] if inner_batches is None else list(inner_batches)
     with sdpa_kernel(SDPBackend.MATH):
         validated(oracle, X, Y, outer_batch, batches[0])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bilevel.distributed import Ranks
 from bilevel.problem import Cost
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
@@ -81,29 +82,40 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 class Saver:
     """Keeps what a checkpoint needs of the last finished iteration, and writes it when asked.
 
+    Rank 0 alone touches the file. It holds the position and the generators of every rank, which
+    go on from their own; where a run goes on with another number of ranks, from those of the rank
+    modulo the old number.
+
     Args:
         path: of the file; None: nothing is kept.
         source: of the batches, with ``state_dict`` and ``load_state_dict``.
-        device: whose generators are saved beside those of the CPU.
+        ranks: on whose device the generators are saved beside those of the CPU.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, source: Any, device: torch.device):
-        self.path, self.source, self.device = path, source, device
+    def __init__(self, path: str | os.PathLike[str] | None, source: Any, ranks: Ranks):
+        self.path, self.source, self.ranks = path, source, ranks
+        self.device = ranks.device
         self._noted: tuple[State, list[Record], int, Any, Any] | None = None
+        self._vectors: tuple[torch.Tensor, ...] = ()
         self._continues = False  # whether the file at the path is of this run
 
     def exists(self) -> bool:
-        return self.path is not None and os.path.exists(self.path)
+        return self.ranks.first(lambda: self.path is not None and os.path.exists(self.path))
 
     def prepare(self) -> None:
         """Tell before any work whether the path can be written."""
-        if self.path is not None:
-            handle, name = _temporary(Path(self.path))
-            os.close(handle)
-            os.unlink(name)
+
+        def attempt() -> None:
+            if self.path is not None:
+                handle, name = _temporary(Path(self.path))
+                os.close(handle)
+                os.unlink(name)
+
+        self.ranks.first(attempt)
 
     def note(self, state: State, history: list[Record]) -> None:
         """The point to go on from; before the batches of the next iteration are drawn."""
+        self._vectors = state.vectors
         if self.path is not None:
             if hasattr(state.solver, "state_dict"):  # an optimizer, which changes in place
                 state = replace(state, solver=copy.deepcopy(state.solver.state_dict()))
@@ -111,20 +123,31 @@ class Saver:
             self._noted = state, history, len(history), position, generators
 
     def write(self) -> None:
+        self.ranks.same("the point (x, y)", lambda: self._vectors)
         if self.path is not None and self._noted is not None:
             state, history, count, position, generators = self._noted
-            content = pack(state, history[:count])
-            content |= {"source": position, "generators": generators}
-            save(self.path, content, keep=not self._continues)  # the checkpoint of another run
+            parts = self.ranks.gather({"source": position, "generators": generators})
+
+            def put() -> None:
+                assert self.path is not None
+                content = pack(state, history[:count]) | parts[0]
+                if len(parts) > 1:
+                    content["others"] = parts[1:]
+                save(self.path, content, keep=not self._continues)  # the checkpoint of another run
+
+            self.ranks.first(put)
             self._continues = True
 
     def restore(self, state: State) -> tuple[State, list[Record]]:
         assert self.path is not None
-        saved = load(self.path)
+        path = self.path
+        saved = self.ranks.first(lambda: load(path))
         self._continues = True
         state, history = unpack(saved, state)
-        self.source.load_state_dict(saved["source"])
-        restore_generators(saved["generators"], self.device)
+        parts = [saved, *saved.get("others", [])]
+        mine = parts[self.ranks.rank % len(parts)]
+        self.source.load_state_dict(mine["source"])
+        restore_generators(mine["generators"], self.device)
         return state, history
 
 

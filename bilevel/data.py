@@ -15,7 +15,8 @@ class Cycle:
 
     The position is the number of batches of the present pass and the generators at its start, so
     that a shuffling DataLoader goes on with the same order. Data that has ``state_dict`` and
-    ``load_state_dict`` (a stateful loader) keeps its own position.
+    ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
+    ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew.
 
     Raises:
         TypeError: the data cannot be iterated over, or only once.
@@ -41,6 +42,7 @@ class Cycle:
         self.data, self.name = data, name
         self._iterator: Iterator[Any] | None = None
         self._position = 0
+        self._passes = 0  # begun so far
         self._start: dict[str, Tensor] = {}
         self._single = data[0] if isinstance(data, list | tuple) and len(data) == 1 else None
 
@@ -67,6 +69,10 @@ class Cycle:
         return [self.next() for _ in range(count)]
 
     def _begin(self) -> None:
+        sampler = getattr(self.data, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self._passes)
+        self._passes += 1
         self._start = self._generators()
         self._iterator = iter(self.data)
         self._position = 0
@@ -89,7 +95,12 @@ class Cycle:
     def state_dict(self) -> dict[str, Any]:
         if hasattr(self.data, "load_state_dict"):
             return {"data": self.data.state_dict(), "position": self._position}
-        return {"position": self._position, "start": self._start, "now": self._generators()}
+        return {
+            "position": self._position,
+            "passes": self._passes,
+            "start": self._start,
+            "now": self._generators(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the global generator is left as it is."""
@@ -101,6 +112,7 @@ class Cycle:
             return
         present = torch.get_rng_state()
         self._restore(state["start"])
+        self._passes = state.get("passes", 1) - 1
         self._begin()
         self._start = state["start"]
         assert self._iterator is not None

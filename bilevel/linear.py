@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bilevel.distributed import Ranks
+
 Product = Callable[..., Tensor]
 Solver = Callable[[Product, Tensor, "Tensor | None"], Tensor]
 
@@ -168,7 +170,7 @@ class StochasticNeumann:
         if self.step == "auto":
             nu = nu / 2
         if self.form == "random":
-            n = int(torch.randint(self.terms, ()))
+            n = Ranks(b.device).first(lambda: int(torch.randint(self.terms, ())))
             for j in range(n):
                 b = b - nu * product(b, j)
             return self.terms * nu * b

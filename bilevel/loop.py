@@ -13,6 +13,7 @@ import torch
 
 from bilevel import checkpoint as files
 from bilevel.data import Cycle
+from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
 from bilevel.method import Method, State
 from bilevel.presets import PRESETS
@@ -72,6 +73,12 @@ def solve(
         compile: compile the two losses with torch.compile; falls back, with a warning.
         seed: of torch's generators. Same seed, same machine, same bits.
 
+    Where ``torch.distributed`` is initialised with several ranks, they solve one problem, whose
+    losses are the means of the ranks' losses: every rank calls solve alike and passes its own
+    shard as ``outer_data`` and ``inner_data``, in batches of equal sizes. The start is that of
+    rank 0, the seed of rank r is ``seed + r``, every rank returns the same result, rank 0 shows
+    the bar and writes the checkpoint. See docs/distributed.md.
+
     Returns:
         A :class:`Result`: x, y, reason, history, state. Numerical failure (a loss that is not
         finite, a search that keeps failing) and an interrupt from the keyboard end the run with
@@ -79,6 +86,7 @@ def solve(
 
     Raises:
         TypeError, ValueError: misuse, before any work is lost.
+        RuntimeError: ranks that cannot be reached, or have come to different points.
 
     Example:
         >>> import torch, bilevel
@@ -103,19 +111,22 @@ def solve(
     if seed is not None:
         if not isinstance(seed, int):
             raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; pass a whole number.")
-        torch.manual_seed(seed)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback={callback!r} cannot be called; pass a function(state, record).")
     problem = Problem(outer, inner, project, compile)
     state = method.init(x, y)
+    ranks = Ranks(state.vectors[1].device)
+    if seed is not None:
+        torch.manual_seed(seed + ranks.rank)
     oracle = make_oracle(problem, *state.layouts)
     oracle.require_data(
         outer=outer_data is None and data is None, inner=inner_data is None and data is None
     )
     source = _Source(outer_data, inner_data, data, inner_steps, method.hypergradient.batches)
+    state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
 
-    saver = files.Saver(checkpoint, source, state.vectors[0].device)
+    saver = files.Saver(checkpoint, source, ranks)
     history: list[Record] = []
     if resume and saver.exists():
         state, history = saver.restore(state)
@@ -123,22 +134,22 @@ def solve(
     saver.prepare()
     batches = None
     if state.k == 0 and steps > 0:
-        batches = source.next()
+        batches = ranks.read(source.next)
         feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
         state = replace(state, vectors=(feasible, start), cost=oracle.cost)
 
     reason = f"all {steps} steps were taken"
-    bar = Bar(steps, progress, state.k)
+    bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
         while state.k < steps:
             if not warm_start:
                 state = replace(state, vectors=(state.vectors[0], start))
             try:
-                batches = batches or source.next()
+                batches = batches or ranks.read(source.next)
                 state, record = method.step(problem, state, *batches)
             except Exception as error:
-                if not history:
-                    raise
+                if not history or (ranks.size > 1 and not is_agreed(error)):
+                    raise  # the other ranks wait elsewhere, and end when this one does
                 # hours of work are not thrown away for one bad batch
                 reason = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"
                 warnings.warn(
@@ -156,7 +167,7 @@ def solve(
                 if state.failures:
                     reason += f", {state.failures} iterations in a row"
                 break
-            if callback is not None and callback(state, record):
+            if callback is not None and _stops(ranks, callback, state, record):
                 reason = f"the callback stopped the run at iteration {record.k}"
                 break
             if tol is not None and record.failure is None and record.hypergrad_norm <= tol:
@@ -167,11 +178,20 @@ def solve(
             if state.k % checkpoint_every == 0:
                 saver.write()
     except KeyboardInterrupt:
+        if ranks.size > 1:
+            raise  # it met each rank at another place
         reason = f"interrupted from the keyboard at iteration {state.k}"
     finally:
         bar.close()
     saver.write()
     return Result(state.x, state.y, reason, history, state)
+
+
+def _stops(
+    ranks: Ranks, callback: Callable[[State, Record], bool | None], state: State, record: Record
+) -> bool:
+    """Whether the callback of any rank says so."""
+    return any(ranks.numbers(lambda: bool(callback(state, record))))
 
 
 class _Source:

@@ -240,6 +240,12 @@ class Oracle:
         with torch.no_grad():
             return self.x.flatten(self.problem.project(tree_map(torch.clone, self.x.unflatten(x))))
 
+    def agreed(self, what: str, function: Callable[[], Tensor]) -> Tensor:
+        """``function()``, computed by the user's own code: the same on all ranks, of which there
+        is one here."""
+        del what
+        return function()
+
 
 class Products(Protocol):
     """Second derivatives of g at one point on one draw.
@@ -327,9 +333,14 @@ def _takes_batch(loss: Callable[..., Any], level: str) -> bool | None:
 
 
 def make_oracle(problem: Problem, x: Layout, y: Layout) -> Oracle:
-    """The oracle that the problem asks for: plain, or through torch.compile."""
+    """The oracle that the problem asks for: plain, or through torch.compile; averaged over the
+    ranks where a process group with more than one is initialised."""
+    oracle = Oracle
     if problem.compile:
         from bilevel.compiled import CompiledOracle  # torch.compile is slow to import
 
-        return CompiledOracle(problem, x, y)
-    return Oracle(problem, x, y)
+        oracle = CompiledOracle
+    made = oracle(problem, x, y)
+    from bilevel.distributed import AveragedOracle, Ranks  # which builds on this module
+
+    return AveragedOracle(made) if Ranks(y.device).size > 1 else made

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bilevel.average import Average
 from bilevel.distributed import Ranks
 from bilevel.problem import Cost
 from bilevel.randomness import all_generators, restore_generators
@@ -20,7 +21,7 @@ from bilevel.rules import Moments
 if TYPE_CHECKING:
     from bilevel.method import State
 
-VERSION = 1
+VERSION = 2
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
@@ -160,6 +161,7 @@ def pack(state: State, history: list[Record]) -> dict[str, Any]:
         "last": [state.outer_last, state.inner_last],
         "moments": list(state.moments),
         "q": state.q,
+        "average": None if state.average is None else list(state.average),
         "solver": state.solver,
         "cost": asdict(state.cost),
         "seconds": state.seconds,
@@ -185,6 +187,7 @@ def unpack(content: dict[str, Any], state: State) -> tuple[State, list[Record]]:
         return t.to(device) if isinstance(t, torch.Tensor) else t
 
     m, v, count = content["moments"]
+    average = content["average"]
     restored = replace(
         state,
         vectors=tuple(here(t) for t in content["vectors"]),
@@ -193,6 +196,7 @@ def unpack(content: dict[str, Any], state: State) -> tuple[State, list[Record]]:
         inner_last=content["last"][1],
         moments=Moments(here(m), here(v), count),
         q=here(content["q"]),
+        average=average and Average(here(average[0]), here(average[1]), *average[2:]),
         solver=content["solver"],
         cost=Cost(**content["cost"]),
         seconds=content["seconds"],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel.average import Average
 from bilevel.hypergradients import Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
@@ -33,8 +34,9 @@ from bilevel.trials import Response, Trials
 class State:
     """All that changes from one outer iteration to the next; never modified in place.
 
-    ``x`` and ``y`` read the variables as the user gave them: new tensors, or the Module with the
-    present values written in.
+    ``x`` and ``y`` are the answer so far, in the variables as the user gave them: new tensors, or
+    the Module with the values written in. ``vectors`` is the iterate that the next step starts
+    from; the answer is that, or the average of the iterates where fresh batches find it better.
     """
 
     layouts: tuple[Layout, Layout] = field(repr=False)
@@ -44,6 +46,7 @@ class State:
     inner_last: float | None = None
     moments: Moments = Moments()
     q: Tensor | None = field(default=None, repr=False)
+    average: Average | None = field(default=None, repr=False)
     solver: Any = field(default=None, repr=False)  # the user's inner solver
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
@@ -51,11 +54,16 @@ class State:
 
     @property
     def x(self) -> Variable:
-        return self.layouts[0].export(self.vectors[0])
+        return self.layouts[0].export(self.answer[0])
 
     @property
     def y(self) -> Variable:
-        return self.layouts[1].export(self.vectors[1])
+        return self.layouts[1].export(self.answer[1])
+
+    @property
+    def answer(self) -> tuple[Tensor, Tensor]:
+        average = self.average
+        return (average.x, average.y) if average and average.ahead else self.vectors
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class Method:
     """One outer iteration: inner steps, a hypergradient, an outer step.
 
     Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial is
-    judged: see :class:`bilevel.trials.Trials`.
+    judged: see :class:`bilevel.trials.Trials`; ``averages``, whether the average of the iterates
+    may be the answer where there are batches: see :class:`bilevel.average.Average`.
     """
 
     name: str
@@ -73,6 +82,7 @@ class Method:
     inner_rule: Rule
     response: Response = "tangent"
     inner_solver: Callable[..., Any] | None = None
+    averages: bool = True
 
     def __post_init__(self) -> None:
         if self.inner_solver is not None and self.hypergradient.keep != "nothing":
@@ -138,6 +148,10 @@ class Method:
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
 
+        average = state.average
+        noisy = any(draw.batch is not None for draw in (outer, *draws))
+        average_value = average.value(oracle, outer) if average else h.value
+
         inner_value = h.inner_value if h.inner_value is not None else inner.value
         numbers = torch.stack(
             [
@@ -150,10 +164,11 @@ class Method:
                     inner.size,
                     float("nan") if h.residual is None else h.residual,
                     new_x.isfinite().all() & new_y.isfinite().all(),
+                    h.value - average_value,
                 )
             ]
         ).tolist()
-        value, inner_value, norm, alpha, beta, residual, finite = numbers
+        value, inner_value, norm, alpha, beta, residual, finite, difference = numbers
         failure = _failure(value, inner_value, norm, finite, move)
         cost = oracle.cost
         record = Record(
@@ -177,6 +192,10 @@ class Method:
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
         if numeric:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
+        if average and math.isfinite(difference):
+            average = average.compare(difference).add(oracle, x, y)
+        elif self.averages and noisy:
+            average = Average(x, y)
         return (
             State(
                 state.layouts,
@@ -186,6 +205,7 @@ class Method:
                 inner.last,
                 moments,
                 h.q,
+                average,
                 inner.solver,
                 cost,
                 state.seconds,

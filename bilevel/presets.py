@@ -157,6 +157,7 @@ def fixed(
         Fixed(outer_step, decay),
         Fixed(inner_step, decay),
         inner_solver=inner_solver,
+        averages=False,
     )
 
 

@@ -113,6 +113,16 @@ def test_killed_anywhere(at, generators, tmp_path):
     equal(go("bisls-sgd", generators, checkpoint=path, resume=True), whole)
 
 
+def test_the_average_is_resumed(tmp_path):
+    path = tmp_path / "run.pt"
+    whole = go("bisls-adam", steps=40)
+    killed(path, 23, "bisls-adam", steps=40)
+    again = go("bisls-adam", checkpoint=path, resume=True, steps=40)
+    equal(again, whole)
+    a, b = again.state.average, whole.state.average
+    assert a[2:] == b[2:] and torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+
+
 def test_killed_twice_and_extended(tmp_path):
     path = tmp_path / "run.pt"
     whole = go("bisls-adam", steps=9)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optim.base import Optimizer
 from optim.blocks import Block, Group, precise, precise_copy
+from optim.distributed import local
 from optim.rules import Memory
 from optim.vectors import Plain
 
@@ -63,8 +64,9 @@ class Averaged(Optimizer):
             kept = self.state.get(p)
             if not kept:
                 continue
-            z, x = kept["z"], kept.get("x")
+            p, z, x = local(p), local(kept["z"]), kept.get("x")
             if x is not None:
+                x = local(x)
                 p.copy_(torch.lerp(z, x, beta) if into_y else x)
             elif beta < 1:
                 p.lerp_(z, 1 - beta if into_y else 1 - 1 / beta)

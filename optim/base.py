@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.blocks import Block, Cohort, Group, lay_out, wide
+from optim.distributed import Ranks, placement
 from optim.rules import Decision, Memory
 from optim.vectors import Plain
 
 Scalar = float | int | Tensor
 Closure = Callable[[], Any]
+Self = TypeVar("Self", bound="Optimizer")
 
 LONGEST = 1e18  # a longer step is an overflow, refused as inf would be
 
@@ -41,7 +43,7 @@ class _Cache:
     """What is no state: found again from it where missing."""
 
     cohorts: list[Cohort] | None = None
-    active: list[int] | None = None
+    active: tuple[list[int], bool] | None = None
     decision: Decision | None = None
 
 
@@ -56,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
     _memory: dict[str, float] = {}  # numbers kept by the rule, with their first values
     _common: tuple[str, ...] = ()  # options that are one for all groups
     _needs_loss = True
+    _parallel = False
 
     def __init__(self, params: ParamsT, foreach: bool | None, **options: Any):
         self._cache = _Cache()
@@ -64,6 +67,22 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._cache = _Cache()  # after copying, unpickling and loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_parallel": self._parallel}
+
+    def data_parallel(self: Self) -> Self:
+        """Declare the parameters replicas, as under DistributedDataParallel; return self.
+
+        Losses and targets, of each rank's own batch, are then averaged over the default process
+        group before each step, as the gradients are: every rank has to step. Alone, nothing
+        changes. DTensors (``fully_shard``) need no call. Not saved in ``state_dict()``.
+        """
+        self._parallel = True
+        return self
+
+    def _ranks(self, cohorts: list[Cohort]) -> Ranks:
+        return Ranks((cohort.placement for cohort in cohorts), self._parallel)
 
     @property
     def last(self) -> Last | None:
@@ -157,8 +176,16 @@ class Optimizer(torch.optim.Optimizer):
         home = blocks[0].device
         excess = self._excess(loss, target, home)
         s = self._remembered(home)
+        ranks = self._ranks(cohorts)
         parts = [self._measure(block.do, block) for block in blocks]
-        norm2, slope = self._totals(*(_total(part, home) for part in zip(*parts, strict=True)))
+        if ranks.sharded:
+            shares = [ranks.share(placement(block.params[0])) for block in blocks]
+            parts = [
+                tuple(share * t for t in part) for share, part in zip(shares, parts, strict=True)
+            ]
+        sums = [_total(part, home) for part in zip(*parts, strict=True)]
+        excess, sums = ranks.reduce(excess, sums)
+        norm2, slope = self._totals(*sums)
         gap = excess + slope
         ok = torch.isfinite(gap) & torch.isfinite(norm2)
 

@@ -8,7 +8,7 @@ them and still costs one scalar.
 A *block* is what the kernels see at a time. On an accelerator, and in the plain version, a block is
 a whole cohort, tensor by tensor. On the CPU, list kernels are loops in disguise and large arrays
 leave the cache between two of them; there a block is a piece of a large tensor, or a pack of small
-ones whose state lies side by side.
+ones whose state lies side by side. Of a DTensor the kernels see this rank's shard.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors as flatten
 from torch._utils import _unflatten_dense_tensors as unflatten
 
+from optim.distributed import local, local_gradient, placement
 from optim.vectors import Flat, Lists, Plain, Vector
 
 PIECE = 1 << 18  # elements of a CPU block: few enough for the cache, enough to pay for the calls
@@ -62,14 +63,14 @@ class Block:
 
     def read(self, again: bool = False) -> tuple[Vector, Vector]:
         """(y, g) in the dtype of the state; ``again``: both are as in the last call."""
-        y = [p.detach() for p in self.params]
-        return self._cast(y), self._cast([_gradient(p) for p in self.params])
+        y = [local(p.detach()) for p in self.params]
+        return self._cast(y), self._cast([local_gradient(p) for p in self.params])
 
     def write(self, y: Vector) -> None:
         """Parameters <- y, which :meth:`read` gave and a move has changed."""
         if self.params[0].dtype != self.dtype:  # else y is the parameters
             for p, q in zip(self.params, y, strict=True):
-                p.copy_(q)
+                local(p).copy_(q)
 
     def _cast(self, tensors: Vector) -> Vector:
         return [t if t.dtype == self.dtype else t.to(self.dtype) for t in tensors]
@@ -111,7 +112,7 @@ class Pack(Block):
 
     def read(self, again: bool = False) -> tuple[Vector, Vector]:
         if self.gathered is None or not again:
-            g = flatten([_gradient(p) for p in self.params])
+            g = flatten([local_gradient(p) for p in self.params])
             self.gathered = flatten(self.params).to(self.dtype), g.to(self.dtype)
         y, g = self.gathered
         return [y], [g]
@@ -125,20 +126,24 @@ class Cohort:
     """Parameters stepped together, laid out in blocks; see the module."""
 
     def __init__(self, group: Group, params: Vector, states: list[dict[str, Tensor]], fast: bool):
+        self.placement = placement(params[0])
         self.kernels = kernels(params[0].device) if fast else Plain
+        if self.placement is not None and fast:
+            self.kernels = Lists  # the state stays in DTensors, for distributed checkpoints
         self.group, self.step = group, states[0].get("step")
         self.params, self.states = params, states
         self.packs: list[Pack] = []
         self.large: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.whole: Block | None = None
         if self.kernels is not Flat:
-            lists = {name: [s[name] for s in states] for name in _names(states[0])}
+            self.kept = {name: [s[name] for s in states] for name in _names(states[0])}
+            lists = {name: [local(t) for t in ts] for name, ts in self.kept.items()}
             self.whole = Block(group, self.step, params, lists)
             return
         pack: list[tuple[Tensor, dict[str, Tensor]]] = []
         filled = 0
         for p, s in zip(params, states, strict=True):
-            if p.numel() >= SMALL and p.is_contiguous() and _gradient(p).is_contiguous():
+            if p.numel() >= SMALL and p.is_contiguous() and local_gradient(p).is_contiguous():
                 self.large.append((p, s))
                 continue
             if pack and filled + p.numel() > PIECE:
@@ -160,11 +165,11 @@ class Cohort:
         if self.whole is not None:
             return all(
                 s[name] is t
-                for name, ts in self.whole.state.items()
+                for name, ts in self.kept.items()
                 for s, t in zip(self.states, ts, strict=True)
             )
         return all(pack.holds() for pack in self.packs) and all(
-            p.is_contiguous() and _gradient(p).is_contiguous() for p, _ in self.large
+            p.is_contiguous() and local_gradient(p).is_contiguous() for p, _ in self.large
         )
 
     def blocks(self) -> Iterator[Block]:
@@ -183,7 +188,7 @@ class Cohort:
         yield from self.packs
         for p, s in self.large:
             names = _names(s)
-            flat = [p.detach(), _gradient(p)] + [s[name] for name in names]
+            flat = [p.detach(), local_gradient(p)] + [s[name] for name in names]
             whole = p.numel() <= PIECE
             views = ([t.view(-1)] if whole else t.view(-1).split(PIECE) for t in flat)
             for y, g, *state in zip(*views, strict=True):
@@ -225,16 +230,11 @@ def lay_out(
                     kept["step"] = counts.setdefault(key, zero)
                 elif id(count) in idle:
                     kept["step"] = counts.setdefault(id(count), count.clone())
-            key = i, p.device, p.dtype, id(kept.get("step"))
+            key = i, p.device, p.dtype, id(kept.get("step")), placement(p)
             _, params, states = members.setdefault(key, (group, [], []))
             params.append(p)
             states.append(kept)
     return [Cohort(group, params, states, fast) for group, params, states in members.values()]
-
-
-def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None  # only parameters with a gradient are laid out
-    return p.grad
 
 
 def _names(state: dict[str, Tensor]) -> list[str]:

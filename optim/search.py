@@ -14,7 +14,9 @@ from torch.optim.optimizer import ParamsT
 from bilevel.steps import Search, armijo
 from optim import rules
 from optim.base import Closure, Last, Optimizer, Scalar
+from optim.blocks import wide
 from optim.check import above, at_least
+from optim.distributed import Ranks, local, local_gradient, placement
 from optim.rules import Memory
 
 RESETS = ("grow", "last", "fixed")
@@ -93,20 +95,25 @@ class _LineSearch(Optimizer):
                     "on the parameters. Return the loss as a tensor, not loss.item()."
                 )
             value.backward()
-        self._lay_out()  # refuses sparse gradients
-        if any(p.grad is not None for p in params):
-            self._search(closure, value.detach(), rng)
+        cohorts = self._lay_out()  # refuses sparse gradients
+        if cohorts:
+            self._search(closure, value.detach(), rng, self._ranks(cohorts))
         return value.detach()
 
-    def _search(self, closure: Closure, loss: Tensor, rng: _Generators) -> None:
+    def _search(self, closure: Closure, loss: Tensor, rng: _Generators, ranks: Ranks) -> None:
         o, line = self.param_groups[0], _Line(self.param_groups)
-        s = self._remembered(line.x[0].device)
-        value, norm2, start = float(loss), line.norm2(), self._first_trial(s)
+        home = line.x[0].device
+        s = self._remembered(home)
+        mean, sums = ranks.reduce(loss.to(home, wide(home)).reshape(()), [line.norm2(ranks)])
+        value, norm2 = torch.stack([mean, *sums]).tolist()
+        start, tried = self._first_trial(s), []
 
         def phi(t: float) -> float:
             line.go(t)
             with rng.replayed():
-                return float(closure())
+                found = torch.as_tensor(closure(), dtype=wide(home), device=home).reshape(())
+            tried.append(float(ranks.reduce(found, [])[0]))
+            return tried[-1]
 
         if not (math.isfinite(value) and math.isfinite(norm2)) or norm2 == 0:
             reason = "zero gradient" if norm2 == 0 else "not finite"
@@ -119,6 +126,12 @@ class _LineSearch(Optimizer):
             step, new = self._applied(found, norm2, s)
         finally:
             line.go(step)
+        if ranks.sharded and not found.accepted and len(set(tried)) == 1:
+            raise RuntimeError(
+                f"{type(self).__name__} found the same loss at {len(tried)} points: fully_shard "
+                "keeps the parameters of the outermost module gathered after a loss without "
+                "backward(). Call fully_shard(model, reshard_after_forward=True)."
+            )
         new["k"] = s["k"] + 1
         if found.accepted:
             new["accepted"] = torch.full_like(s["k"], found.step)
@@ -132,17 +145,22 @@ class _Line:
     """x(t) = x - t lr g for the parameters that have a gradient."""
 
     def __init__(self, groups: list[dict[str, Any]]):
+        self.params = [p for group in groups for p in group["params"] if p.grad is not None]
+        rates = [group["lr"] for group in groups for p in group["params"] if p.grad is not None]
         self.lines = [
-            (p, p.clone(), p.grad, group["lr"])
-            for group in groups
-            for p in group["params"]
-            if p.grad is not None
+            (local(p), local(p).clone(), local_gradient(p), lr)
+            for p, lr in zip(self.params, rates, strict=True)
         ]
         self.x = [x for _, x, _, _ in self.lines]
 
-    def norm2(self) -> float:
-        """Minus the slope of the loss at t = 0."""
-        return sum(lr * float((g.double() ** 2).sum()) for _, _, g, lr in self.lines)
+    def norm2(self, ranks: Ranks) -> Tensor:
+        """Minus the slope of the loss at t = 0, as far as it lies here."""
+        home = self.x[0].device
+        parts = [
+            lr * ranks.share(placement(p)) * (g.to(wide(home)) ** 2).sum().to(home)
+            for p, (_, _, g, lr) in zip(self.params, self.lines, strict=True)
+        ]
+        return torch.stack(parts).sum()
 
     def go(self, t: float) -> None:
         for p, x, g, lr in self.lines:

@@ -124,6 +124,8 @@ def _run(name: str, arguments: list[str]) -> int:
             folder = options.out
     except KeyboardInterrupt:
         kept = f"; what it wrote is in {folder}" if folder else ""
+        if folder and hasattr(options, "resume"):
+            kept += f", and --resume --out {folder} goes on"
         print(f"\nbilevel: {name} was interrupted{kept}", file=sys.stderr)
         return 130
     except (ValueError, OSError, MissingPackage) as error:

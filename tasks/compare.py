@@ -1,19 +1,28 @@
-"""Runs of several methods on one problem, side by side, and the grid of hand-tuned steps."""
+"""Runs of several methods on one problem, side by side, and the grid of hand-tuned steps.
+
+A comparison that was interrupted, even killed, goes on with ``--resume``: what is finished is not
+run again, and the run that was under way goes on from its checkpoint. The folder ``attempts`` of
+the run keeps, for each method and each cell, its checkpoint and what was measured.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import statistics
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import bilevel
 from bilevel import Record, Result
+from bilevel.checkpoint import load as load_checkpoint
 
-from .files import write_csv
-from .run import Run, curves
+from .__main__ import positive
+from .files import write_csv, write_json
+from .run import Run, curves, progress
 
 #: Ours, by name; nothing about them depends on the task.
 METHODS: dict[str, Callable[..., bilevel.Method]] = {
@@ -43,8 +52,29 @@ GRIDS: dict[str, tuple[dict[str, tuple[float, ...]], tuple[float, ...]]] = {
 FORWARD = 1 / 3
 
 
+def add_methods(parser: ArgumentParser) -> None:
+    """The options of a comparison of several of our methods."""
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"those to run, of {', '.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--inner-steps", type=positive, default=10, help="inner steps per outer iteration"
+    )
+    add_arguments(parser)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """The options that every comparison has."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted run in --out, of the same options",
+    )
     parser.add_argument(
         "--grid",
         choices=GRIDS,
@@ -86,19 +116,21 @@ class Attempt:
 
     Attributes:
         name: of the method, or of the cell.
-        result: what ``bilevel.solve`` returned; None where a cell could not even start.
+        score: what is compared, the lower the better: a key of the marks.
+        result: what ``bilevel.solve`` returned; None while it runs.
         marks: where it was measured: the iterations done, the cost so far, and what was measured.
     """
 
     name: str
     cell: Cell | None = None
+    score: str = "validation_loss"
     result: Result | None = None
     marks: list[dict[str, float]] = field(default_factory=list)
 
     @property
-    def validation(self) -> float:
-        """The validation loss at the end; infinite where that is no number."""
-        value = self.marks[-1]["validation_loss"]
+    def final(self) -> float:
+        """The score at the end; infinite where that is no number."""
+        value = self.marks[-1][self.score]
         return value if math.isfinite(value) else math.inf
 
     def row(self) -> dict[str, Any]:
@@ -112,42 +144,173 @@ def stopped(result: Result) -> str:
     return "" if result.reason.startswith("all ") else result.reason
 
 
+#: Solves the problem by a method, handing these on to ``bilevel.solve``: steps, seed, callback, ...
+Solve = Callable[..., Result]
+#: (x, y) -> numbers by name, the score among them.
+Measure = Callable[[Any, Any], Mapping[str, float]]
+
+
+def compare(
+    run: Run,
+    options: Namespace,
+    solve: Callable[..., Result],
+    measure: Measure,
+    score: str = "validation_loss",
+) -> tuple[list[Attempt], list[Attempt]]:
+    """Our methods, ``options.methods``, and the cells of ``options.grid``.
+
+    Args:
+        solve: ``solve(method, **manners)`` runs ``bilevel.solve(..., method=method, **manners)``.
+        measure, score: as for :func:`attempt`.
+    """
+
+    def one(name: str, method: bilevel.Method, cell: Cell | None = None) -> Attempt:
+        def run_it(**manners: Any) -> Result:
+            return solve(method, **manners)
+
+        return attempt(run, name, run_it, measure, options, cell, 20 if cell is None else 5, score)
+
+    ours = [one(name, METHODS[name]()) for name in dict.fromkeys(options.methods)]
+    grid = [
+        one(str(cell), cell.method(), cell)
+        for cell in progress(cells(options.grid), desc="grid", quiet=options.quiet)
+    ]
+    return ours, grid
+
+
 def attempt(
     run: Run,
     name: str,
-    solve: Callable[[Callable[[Any, Record], None]], Result],
-    measure: Callable[[Any, Any], Mapping[str, float]],
-    steps: int,
+    solve: Solve,
+    measure: Measure,
+    options: Namespace,
     cell: Cell | None = None,
     marks: int = 20,
+    score: str = "validation_loss",
 ) -> Attempt:
     """Run a method, write its history, and measure it about ``marks`` times on the way.
 
+    With ``options.resume``, a finished attempt is read, and one that was interrupted goes on from
+    its checkpoint: the history, the marks and the result are those of an uninterrupted run, the
+    seconds apart.
+
     Args:
-        solve: runs with the callback that it is given.
-        measure: (x, y) -> numbers by name, ``validation_loss`` among them. Its time is not the
-            method's: records count the seconds of the steps alone.
-        steps: outer iterations of the run.
+        solve: runs with the manners that it is given; see :data:`Solve`.
+        measure: the score among them. Its time is not the method's: records count the seconds of
+            the steps alone.
+        options: of the task: steps, seed, quiet, resume.
+        score: what is compared, and the history's last column.
     """
-    out = Attempt(name, cell)
+    steps = options.steps
+    out = Attempt(name, cell, score)
+    memory = Memory(run, name, steps, options.resume)
+    out.marks = memory.marks
     every = max(1, steps // marks)
 
     def mark(state: Any, record: Record) -> None:
-        row: dict[str, Any] = {"run": name, **record.asdict(), "validation_loss": None}
+        row: dict[str, Any] = {"run": name, **record.asdict(), score: None}
         done = record.k + 1
         if done % every == 0 or done in (1, steps):
             measured = measure(state.x, state.y)
-            row["validation_loss"] = measured["validation_loss"]
+            row[score] = measured[score]
             out.marks.append({"iterations": done, **cost(record), **measured})
+            memory.write()
         run.record(row)
 
-    out.result = solve(mark)
-    if out.result.history and out.marks[-1:] and stopped(out.result):
-        # where a run broke off: the last good point
+    manners = {
+        "seed": options.seed,
+        "checkpoint": memory.checkpoint,
+        "checkpoint_every": every,
+        "progress": False if options.quiet else None,
+    }
+    if memory.reason is not None or memory.missing:
+        # nothing is left to do, or the kill came between the checkpoint and its row
+        out.result = solve(**manners, steps=memory.done, resume=True)
+        if memory.missing:
+            mark(out.result.state, out.result.history[-1])
+    if memory.reason is not None:
+        assert out.result is not None
+        out.result = replace(out.result, reason=memory.reason)
+        return out
+    out.result = solve(**manners, steps=steps, resume=memory.done > 0, callback=mark)
+    if out.result.reason.startswith("interrupted"):
+        raise KeyboardInterrupt
+    if out.result.history and stopped(out.result):
+        # where a run broke off: its last record, of which no callback is told, and its last good
+        # point
         last = out.result.history[-1]
+        recorded = sum(row["run"] == name for row in run.rows)
+        if recorded < len(out.result.history):
+            run.record({"run": name, **last.asdict(), score: None})
         measured = measure(out.result.x, out.result.y)
         out.marks.append({"iterations": last.k + 1, **cost(last), **measured})
+    memory.write(out.result.reason)
     return out
+
+
+class Memory:
+    """What ``attempts`` in the run's folder holds of one attempt, and its rows in the history.
+
+    What the history has no rows of did not happen: files that an older run left behind are not
+    taken for this one's.
+
+    Args:
+        run: whose rows are cut back to those that the checkpoint knows of.
+        name: of the attempt.
+        steps: outer iterations that it is to take.
+        resume: whether to look for an interrupted run at all.
+
+    Attributes:
+        done: iterations in the checkpoint.
+        missing: whether the last of them has no row in the history yet.
+        reason: why the attempt ended; None where it has not.
+        marks: what was measured up to there.
+    """
+
+    def __init__(self, run: Run, name: str, steps: int, resume: bool) -> None:
+        folder = run.folder / "attempts"
+        folder.mkdir(exist_ok=True)
+        stem = re.sub(r"[^\w.+-]+", "-", name)
+        self.checkpoint, self.path = folder / f"{stem}.pt", folder / f"{stem}.json"
+        self.options = {key: value for key, value in run.config.items() if key != "steps"}
+        self.steps, self.done, self.missing = steps, 0, False
+        self.reason: str | None = None
+        self.marks: list[dict[str, float]] = []
+        named = [row["run"] == name for row in run.rows]
+        first = named.index(True) if any(named) else len(named)
+        if resume and self.path.exists() and self.checkpoint.exists():
+            self._read(sum(named))
+        if self.reason is None:
+            run.keep(first + min(self.done, sum(named)))
+        if self.done == 0:
+            self.checkpoint.unlink(missing_ok=True)
+            self.write()
+
+    def _read(self, rows: int) -> None:
+        saved = json.loads(self.path.read_text(encoding="utf-8"))
+        done = load_checkpoint(self.checkpoint)["k"]
+        if saved["options"] != self.options or rows < done - 1 or done == 0:
+            return
+        if saved["steps"] != self.steps:
+            raise ValueError(
+                f"--resume --steps {self.steps}: the run in {self.path.parents[1]} was to take "
+                f"{saved['steps']} steps, at which its methods are compared; give that number, or "
+                f"another folder with --out"
+            )
+        self.done, self.missing, self.reason = done, rows < done, saved["reason"]
+        marks = [{key: float(value) for key, value in mark.items()} for mark in saved["marks"]]
+        self.marks = [
+            {**mark, **{key: int(mark[key]) for key in COUNTS}}
+            for mark in marks
+            if mark["iterations"] <= done - self.missing
+        ]
+
+    def write(self, reason: str | None = None) -> None:
+        content = {"options": self.options, "steps": self.steps, "reason": reason}
+        write_json(self.path, {**content, "marks": self.marks})
+
+
+COUNTS = ("iterations", "gradients", "hessian_products", "loss_evaluations")
 
 
 def cost(record: Record) -> dict[str, float]:
@@ -163,8 +326,8 @@ def cost(record: Record) -> dict[str, float]:
 
 
 def best(attempts: Iterable[Attempt]) -> Attempt | None:
-    """The one with the lowest validation loss; the test set has no say in it."""
-    return min(attempts, key=lambda a: a.validation, default=None)
+    """The one with the lowest score, a validation loss: the test set has no say in it."""
+    return min(attempts, key=lambda a: a.final, default=None)
 
 
 def best_by_direction(grid: Sequence[Attempt]) -> list[Attempt]:
@@ -177,7 +340,7 @@ def best_by_direction(grid: Sequence[Attempt]) -> list[Attempt]:
 def report_grid(run: Run, grid: Sequence[Attempt]) -> list[dict[str, Any]]:
     """Write ``grid.csv``, every cell of the grid; returns its rows, best first."""
     rows: list[dict[str, Any]] = []
-    for a in sorted(grid, key=lambda a: a.validation):
+    for a in sorted(grid, key=lambda a: a.final):
         assert a.cell is not None
         rows.append({"direction": a.cell.direction, "outer step": a.cell.outer_step,
                      "inner step": a.cell.inner_step, **a.row()})  # fmt: skip
@@ -187,19 +350,22 @@ def report_grid(run: Run, grid: Sequence[Attempt]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(run: Run, shown: Sequence[Attempt], title: str, log_y: bool = True) -> None:
-    """Validation loss against outer iterations, against all evaluations, and against time."""
-    for name, key, label in (
+def draw(
+    run: Run,
+    shown: Sequence[Attempt],
+    title: str,
+    log_y: bool = True,
+    label: str = "validation loss",
+) -> None:
+    """The score against outer iterations, against all evaluations, and against time."""
+    for name, key, what in (
         ("iterations", "iterations", "outer iterations"),
         ("work", "work", "gradients + Hessian products + loss evaluations / 3"),
         ("seconds", "seconds", "time of the steps [s]"),
     ):
-        series = {
-            a.name: ([m[key] for m in a.marks], [m["validation_loss"] for m in a.marks])
-            for a in shown
-        }
-        path = run.folder / f"validation-loss-{name}.png"
-        curves(path, series, label, "validation loss", title, log_y)
+        series = {a.name: ([m[key] for m in a.marks], [m[a.score] for m in a.marks]) for a in shown}
+        path = run.folder / f"{shown[0].score.replace('_', '-')}-{name}.png"
+        curves(path, series, what, label, title, log_y)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def run(options: Namespace) -> dict[str, Any]:
         {
             "data": repr(data),
             "images learned": task.count,
-            "validation loss": ours.validation,
+            "validation loss": ours.final,
             "seconds of learning": ours.marks[-1]["seconds"],
             "reason": ours.result.reason if ours.result else None,
             "models trained from scratch": judged,
@@ -161,7 +161,7 @@ class Distillation:
         unrolled = bilevel.Unrolled(window=options.window)
         made = method() if self.net.convex else method(hypergradient=unrolled)
 
-        def solve(callback: Callable[..., None]) -> bilevel.Result:
+        def solve(**manners: Any) -> bilevel.Result:
             return bilevel.solve(
                 self.outer,
                 self.inner,
@@ -169,16 +169,12 @@ class Distillation:
                 self.net.zeros(),
                 data=Trainings(self.data.train, self.starts, options.batch, options.seed),
                 method=made,
-                steps=options.steps,
                 inner_steps=options.inner_steps,
                 warm_start=self.net.convex,
-                callback=callback,
-                progress=False if options.quiet else None,
-                seed=options.seed,
+                **manners,
             )
 
-        marks = 10 if cell is None else 5
-        return attempt(run, name, solve, self.validate, options.steps, cell, marks)
+        return attempt(run, name, solve, self.validate, options, cell, 10 if cell is None else 5)
 
     def train(self, training_set: Part, begin: Parameters) -> Parameters:
         """The model that the problem means, from ``begin``.

@@ -11,7 +11,6 @@ of a head that happens to lag behind.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,18 +20,7 @@ from torch import Tensor, nn
 import bilevel
 
 from .__main__ import positive
-from .compare import (
-    METHODS,
-    Attempt,
-    Cell,
-    attempt,
-    best,
-    best_by_direction,
-    cells,
-    draw,
-    report_grid,
-)
-from .compare import add_arguments as add_grid
+from .compare import add_methods, best, best_by_direction, compare, draw, report_grid
 from .data import Dataset, batches, load
 from .data.dataset import Part
 from .errors import require
@@ -47,7 +35,7 @@ from .models import (
     ridge_loss,
     seeded,
 )
-from .run import Run, progress, start
+from .run import start
 
 SUMMARY = """Learn the features of LeNet such that a ridge-regularised linear head, trained on the
 training images, does well on validation images. Compares methods without learning rates with a
@@ -60,17 +48,8 @@ FEATURES = 84
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
-        metavar="METHOD",
-        help=f"those to run, of {', '.join(METHODS)}",
-    )
     add("--ridge", type=float, default=1e-3, help="weight of the penalty on the head, > 0")
     add("--batch", type=positive, default=256, help="images per batch, at both levels")
-    add("--inner-steps", type=positive, default=10, help="per outer iteration")
     add(
         "--head-images",
         type=positive,
@@ -78,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="training images on which the head is solved when features are measured, at most",
     )
-    add_grid(parser)
+    add_methods(parser)
 
 
 def run(options: Namespace) -> dict[str, Any]:
@@ -90,11 +69,7 @@ def run(options: Namespace) -> dict[str, Any]:
     run = start(options)
     task = Representation(data, options)
 
-    ours = [task.learn(run, name, METHODS[name]()) for name in dict.fromkeys(options.methods)]
-    grid = [
-        task.learn(run, str(cell), cell.method(), cell)
-        for cell in progress(cells(options.grid), desc="grid", quiet=options.quiet)
-    ]
+    ours, grid = compare(run, options, task.solve, lambda x, y: task.measure(x))
     tuned = best_by_direction(grid)
     chosen = best(grid)
 
@@ -139,30 +114,20 @@ class Representation:
         images, labels = batch
         return F.cross_entropy(logits(y, x(images)), labels)
 
-    def learn(
-        self, run: Run, name: str, method: bilevel.Method, cell: Cell | None = None
-    ) -> Attempt:
+    def solve(self, method: bilevel.Method, **manners: Any) -> bilevel.Result:
         """The features of one method, in ``result.x``."""
-        options, size, seed = self.options, self.options.batch, self.options.seed
-
-        def solve(callback: Callable[..., None]) -> bilevel.Result:
-            return bilevel.solve(
-                self.outer,
-                self.inner,
-                self.begin(),
-                self.head,
-                outer_data=batches(*self.data.validation, size=size, seed=seed, drop_last=True),
-                inner_data=batches(*self.data.train, size=size, seed=seed, drop_last=True),
-                method=method,
-                steps=options.steps,
-                inner_steps=options.inner_steps,
-                callback=callback,
-                progress=False if options.quiet else None,
-                seed=seed,
-            )
-
-        marks = 20 if cell is None else 5
-        return attempt(run, name, solve, lambda x, y: self.measure(x), options.steps, cell, marks)
+        size, seed = self.options.batch, self.options.seed
+        return bilevel.solve(
+            self.outer,
+            self.inner,
+            self.begin(),
+            self.head,
+            outer_data=batches(*self.data.validation, size=size, seed=seed, drop_last=True),
+            inner_data=batches(*self.data.train, size=size, seed=seed, drop_last=True),
+            method=method,
+            inner_steps=self.options.inner_steps,
+            **manners,
+        )
 
     def solved_head(self, x: nn.Module) -> Parameters:
         """w*(x): the head's optimum on (at most ``--head-images``) training images."""

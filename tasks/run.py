@@ -149,9 +149,12 @@ class Run:
 
 def start(options: Namespace) -> Run:
     """The run folder of a task's parsed options; ``options.out`` is set to it."""
+    resume = getattr(options, "resume", False)
+    if resume and not options.out:
+        raise ValueError("--resume without --out: name the folder of the interrupted run by --out")
     options.out = Path(options.out) if options.out else default_folder(options.task)
     config = {key: value for key, value in vars(options).items() if key not in MANNERS}
-    return Run(options.out, config, options.overwrite, getattr(options, "resume", False))
+    return Run(options.out, config, options.overwrite, resume)
 
 
 def default_folder(task: str) -> Path:

@@ -44,7 +44,8 @@ def finished(tmp_path_factory):
 def test_the_folder_is_complete(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "config.json", "history.csv", "summary.json", "grid.csv", "learned.pt", "images.png",
+        "config.json", "history.csv", "summary.json", "grid.csv", "attempts", "learned.pt",
+        "images.png",
         "validation-loss-iterations.png", "validation-loss-work.png",
         "validation-loss-seconds.png",
     }  # fmt: skip

@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 def test_the_folder_is_complete(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "config.json", "history.csv", "summary.json", "grid.csv",
+        "attempts", "config.json", "history.csv", "summary.json", "grid.csv",
         "validation-loss-iterations.png", "validation-loss-work.png",
         "validation-loss-seconds.png",
     }  # fmt: skip
@@ -83,7 +83,7 @@ def test_selection_reads_validation_alone():
         mark = {"validation_loss": validation, "test_accuracy": test}
         made.append(compare.Attempt(name, cell, marks=[mark]))
     assert compare.best(made).name == "b"
-    assert compare.best(made[2:]).validation == float("inf")
+    assert compare.best(made[2:]).final == float("inf")
     assert compare.best([]) is None
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(name, cwd, *arguments):
-    environment = {**os.environ, "BILEVEL_TINY": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / name), *arguments]
+def run(name, cwd, *arguments, launcher=("-W", "error")):
+    environment = {
+        "OMP_NUM_THREADS": "1", **os.environ, "BILEVEL_TINY": "1", "PYTHONPATH": str(ROOT)
+    }  # fmt: skip
+    command = [sys.executable, *launcher, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -27,7 +29,7 @@ def number(text, pattern):
 
 
 def test_every_example_is_tested():
-    tested = {"dataset_distillation.py", "own_losses.py", "own_loop.py"}
+    tested = {"dataset_distillation.py", "own_losses.py", "own_loop.py", "data_parallel.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == tested
 
 
@@ -55,3 +57,13 @@ def test_own_losses_find_the_features_that_matter(tmp_path):
 
 def test_own_loop_reaches_the_known_solution(tmp_path):
     assert number(run("own_loop.py", tmp_path), "distance") < 1e-5
+
+
+def test_data_parallel_finds_the_same_on_two_processes(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    alone = run("data_parallel.py", tmp_path)
+    two = run("data_parallel.py", tmp_path, launcher=torchrun)
+    assert alone.startswith("1 processes, all") and two.startswith("2 processes, all")
+    for pattern in ("that matter:", "that do not:"):
+        assert abs(number(two, pattern) / number(alone, pattern) - 1) < 1e-6
+    assert 10 * number(two, "that matter:") < number(two, "that do not:")

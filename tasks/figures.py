@@ -42,11 +42,12 @@ def curves(
         title: above the axes.
         log_y, log_x: logarithmic axes.
     """
-    figure = _figure((6.4, 4.2))
+    many = len(series) > 6  # a legend of so many lines would hide the curves
+    figure = _figure((8.4 if many else 6.4, 4.2))
     axes = figure.add_subplot()
     _draw(axes, series, log_x, log_y)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    axes.legend()
+    axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}))
     return _save(figure, path)
 
 

@@ -297,17 +297,17 @@ class Optimizer(torch.optim.Optimizer):
                         "the embedding, or give that parameter to torch.optim.SparseAdam."
                     )
                 active.append(p)
-        ids = [id(p) for p in active]
+        ids, fast = [id(p) for p in active], self._fast()
         cohorts = self._cache.cohorts
         if (
             cohorts is None
-            or ids != self._cache.active
+            or (ids, fast) != self._cache.active
             or not all(c.holds(self.state) for c in cohorts)
         ):
             self._cache.cohorts = cohorts = lay_out(
-                self.param_groups, self.state, set(ids), self._first, self._fast()
+                self.param_groups, self.state, set(ids), self._first, fast
             )
-            self._cache.active = ids
+            self._cache.active = ids, fast
         return cohorts
 
 

@@ -49,6 +49,27 @@ def test_compiled_step(make, options, backend):
         assert compiled.last[:3] == pytest.approx(eager.last[:3])
 
 
+def test_compiled_after_an_eager_step():
+    """The layout of the eager step is not that of the compiler."""
+    problem = RandomSteps(4)
+    problem.shapes = ((3,), (2, 2), (1,))  # as above
+    a, b = problem.params(), problem.params()
+    eager, compiled = (optim.ScheduleFreeAdamSPS(p, max_lr=0.1) for p in (a, b))
+    torch._dynamo.reset()
+    fast = torch.compile(lambda loss: compiled.step(loss=loss, target=0.0), backend="aot_eager")
+    for t in range(4):
+        for p, q in zip(a, b, strict=True):
+            p.grad = torch.full_like(p, 0.1 + t)
+            q.grad = p.grad.clone()
+        loss = torch.tensor(1.0 + t)
+        eager.step(loss=loss, target=0.0)
+        if t == 1:
+            fast(loss)
+        else:
+            compiled.step(loss=loss, target=0.0)
+        np.testing.assert_allclose(flat(a), flat(b), rtol=1e-9)
+
+
 @pytest.mark.parametrize("method", POLYAK, ids=str)
 def test_list_kernels(method, monkeypatch):
     """What runs on an accelerator, run on the CPU."""

@@ -34,6 +34,7 @@ METHODS: dict[str, Callable[..., bilevel.Method]] = {
 #: Outer steps by direction, and inner steps: every pair is a run.
 GRIDS: dict[str, tuple[dict[str, tuple[float, ...]], tuple[float, ...]]] = {
     "none": ({}, ()),
+    "tiny": ({"adam": (1e-3, 1e-2), "sgd": (1e-1, 1e0)}, (1e-1,)),
     "small": ({"adam": (1e-3, 1e-2, 1e-1), "sgd": (1e-1, 1e0, 1e1)}, (1e-1, 1e0)),
     "medium": (
         {"adam": (1e-3, 1e-2, 1e-1), "sgd": (1e-2, 1e-1, 1e0)},

@@ -5,7 +5,7 @@
 
 x are the features of LeNet, w the linear layer above them; both levels see minibatches. Whenever
 features are measured, the head is solved anew to its optimum: the numbers are those of F(x), not
-of a head that happens to lag behind.
+of a head that happens to lag behind. With ``--data omniglot`` see :mod:`tasks.few_shot`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 import bilevel
 
+from . import few_shot
 from .__main__ import positive
 from .compare import add_methods, best, best_by_direction, compare, draw, report_grid
 from .data import Dataset, batches, load
 from .data.dataset import Part
 from .errors import require
+from .few_shot import FewShot
 from .models import (
     Net,
     Parameters,
@@ -38,46 +40,59 @@ from .models import (
 from .run import start
 
 SUMMARY = """Learn the features of LeNet such that a ridge-regularised linear head, trained on the
-training images, does well on validation images. Compares methods without learning rates with a
+training images, does well on validation images; with omniglot, the features of a convolutional
+network for episodes of a few characters each. Compares methods without learning rates with a
 grid of hand-tuned steps, in outer iterations, gradients and seconds."""
 
-PRESETS: dict[str, dict[str, object]] = {"default": {}, "quick": {"steps": 20, "grid": "none"}}
-STEPS = {"digits": 50, "mnist": 500, "fashion-mnist": 500}
+DATA = ("digits", "mnist", "fashion-mnist", "omniglot")
+PRESETS: dict[str, dict[str, object]] = {
+    "default": {},
+    "paper": {"data": "mnist", "steps": 1000, "grid": "large"},
+    "quick": {"steps": 20, "grid": "none"},
+}
+STEPS = {"digits": 50, "mnist": 500, "fashion-mnist": 500, "omniglot": 40}
 FEATURES = 84
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--ridge", type=float, default=1e-3, help="weight of the penalty on the head, > 0")
+    add(
+        "--ridge",
+        type=float,
+        help="weight of the penalty on the head, > 0 (default: 1e-3, omniglot 0.1)",
+    )
     add("--batch", type=positive, default=256, help="images per batch, at both levels")
     add(
         "--head-images",
         type=positive,
         default=10_000,
         metavar="N",
-        help="training images on which the head is solved when features are measured, at most",
+        help="training images on which a head is solved when features are measured, at most",
     )
     add_methods(parser)
+    few_shot.add_arguments(parser)
+    parser.set_defaults(grid=None)
 
 
 def run(options: Namespace) -> dict[str, Any]:
+    if options.ridge is None:
+        options.ridge = 0.1 if options.data == "omniglot" else 1e-3
+    if options.grid is None:
+        options.grid = "tiny" if options.data == "omniglot" else "small"
     if not options.ridge > 0:
         raise ValueError(f"--ridge must be positive, not {options.ridge}: the head is unique then")
     require("matplotlib", "drawing figures")  # before any work is lost
     options.steps = options.steps or STEPS[options.data]
     data = load(options.data, options.root, options.device, download=options.download)
     run = start(options)
-    task = Representation(data, options)
+    make = FewShot if options.data == "omniglot" else Representation
+    task = make(data, options)
 
     ours, grid = compare(run, options, task.solve, lambda x, y: task.measure(x))
     tuned = best_by_direction(grid)
     chosen = best(grid)
 
     draw(run, [*ours, *tuned], f"hyper-representation, {options.data}")
-    references = {
-        "random features": task.begin(),
-        "ordinary training on the training images, Adam": task.ordinary(),
-    }
     return run.summarize(
         {
             "data": repr(data),
@@ -85,7 +100,7 @@ def run(options: Namespace) -> dict[str, Any]:
             "methods": [a.row() for a in [*ours, *tuned]],
             "references": [
                 {"features": name, **task.measure(features)}
-                for name, features in references.items()
+                for name, features in task.references().items()
             ],
             "grid": report_grid(run, grid),
         }
@@ -146,6 +161,13 @@ class Representation:
             loss, accuracy = measure(logits, head, (featured(x, images), labels))
             out |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         return out
+
+    def references(self) -> dict[str, nn.Module]:
+        """Features to compare with, by name."""
+        return {
+            "random features": self.begin(),
+            "ordinary training on the training images, Adam": self.ordinary(),
+        }
 
     def ordinary(self) -> nn.Module:
         """The features of a LeNet trained in one level, on as many batches as a bilevel run."""

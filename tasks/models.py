@@ -158,7 +158,11 @@ def double(parameters: Parameters) -> Parameters:
 
 
 def minimize(
-    loss: Loss, start: Parameters, tolerance: float = 1e-6, iterations: int = 1000
+    loss: Loss,
+    start: Parameters,
+    tolerance: float = 1e-6,
+    iterations: int = 1000,
+    history: int = 100,
 ) -> Parameters:
     """The minimiser of a convex loss by L-BFGS, to ``tolerance`` in every entry of its gradient.
 
@@ -170,7 +174,7 @@ def minimize(
         max_iter=iterations,
         tolerance_grad=tolerance,
         tolerance_change=0,
-        history_size=100,
+        history_size=history,
         line_search_fn="strong_wolfe",
     )
 

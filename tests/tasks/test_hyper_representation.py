@@ -19,7 +19,7 @@ TINY = ("--preset", "quick", "--quiet", "--device", "cpu", "--batch", "64")
 
 
 def options(*arguments):
-    made = parse(NAME, task, [*TINY, *arguments])
+    made = parse(NAME, task, [*TINY, "--ridge", "1e-3", *arguments])
     made.device = torch.device("cpu")
     return made
 

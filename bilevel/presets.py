@@ -45,7 +45,7 @@ def bisls(
             value serves.
         slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
             response y(alpha) that the hypergradient differentiates.
-        reset: where searches start: 'grow' (twice the last step), 'last', 'fixed'.
+        reset: where searches start: 'grow' (1.2 times the last step), 'last', 'fixed'.
         hypergradient: None: implicit, by conjugate gradients to a relative
             residual of 0.1 in at most 20 steps.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -72,8 +73,10 @@ class Armijo:
             that the value hardly matters.
         c: share of the predicted decrease asked for, in (0, 1).
         slack: allowed increase relative to |phi(0)|, >= 0.
-        reset: where a search starts: 'grow': twice the last accepted step; 'last': that step,
-            which can only fall; 'fixed': ``initial`` again.
+        reset: where a search starts: 'grow': ``growth`` times the last accepted step; 'last':
+            that step, which can only fall; 'fixed': ``initial`` again.
+        growth: > 1. Steps fall by halves at once and come back slowly, so that under noise they
+            follow the short ones among those that recent batches allow.
         max_trials: after which the search has failed: no step is taken, and none remembered.
 
     Reference: BiSLS (arXiv 2305.18666); the reset options are its options 3, 2 and 1.
@@ -83,6 +86,7 @@ class Armijo:
     c: float = 0.5
     slack: float = 0.0
     reset: Reset = "grow"
+    growth: float = 1.2
     max_trials: int = 40
 
     def searches(self, k: int, last: float | None) -> bool:
@@ -94,30 +98,35 @@ class Armijo:
             return Move(0.0, last, 0, failed=True)
         if slope >= 0:
             return Move(0.0, last)
-        # near a solution the decrease falls below the rounding error of phi
         rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
         predicted = line.predicted or (lambda t: t * slope)
-        grow = None
-        if last is None or self.reset == "fixed":
-            start, grow = self.initial, 2.0 if self.reset != "fixed" else None
-        elif self.reset == "grow" and -predicted(2 * last) > rounding:
-            start = 2 * last
-        else:  # what cannot be seen in phi must not make the step grow
-            start = last
-        found = armijo(
+        search = partial(
+            armijo,
             lambda t: float(line.phi(t)),
             value,
             slope,
-            start,
             predicted=predicted,
             c=self.c,
-            grow=grow,
             slack=rounding + self.slack * abs(value),
-            max_trials=self.max_trials,
         )
+        start, grow, wasted = last or 0.0, None, 0
+        if last is None or self.reset == "fixed":
+            start, grow = self.initial, 2.0 if self.reset != "fixed" else None
+        elif self.reset == "grow":
+            start = self.growth * last
+            decrease = -predicted(start)
+            if decrease < 8 * rounding:  # lost in the rounding error of phi, where anything passes
+                if decrease > 0:  # as far as it can be seen
+                    far = search(start=start * 8 * rounding / decrease, max_trials=1)
+                    if far.accepted:
+                        return Move(far.step, far.step, 1)
+                    wasted = 1
+                start = last
+        found = search(start=start, grow=grow, max_trials=self.max_trials)
+        trials = found.trials + wasted
         if not found.accepted:
-            return Move(0.0, last, found.trials, failed=True)
-        return Move(found.step, found.step, found.trials)
+            return Move(0.0, last, trials, failed=True)
+        return Move(found.step, found.step, trials)
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,9 @@ class Polyak:
         upper, trials = self.upper, 0
         if upper is None:
             if self.searches(k, last):
-                measured = Armijo()(line, k, None if last is None else last / math.sqrt(k + 1))
+                measured = Armijo(growth=2.0)(
+                    line, k, None if last is None else last / math.sqrt(k + 1)
+                )
                 trials = measured.trials
                 if measured.last is not None:
                     last = measured.last * math.sqrt(k + 1)

@@ -173,14 +173,19 @@ def path(rule, curvatures=CURVATURES):
     ("reset", "steps", "trials"),
     [
         # a search brackets at first: 16, 8, 4 are refused
-        ("grow", [2, 2, 1, 1, 2, 2, 2], [4, 2, 3, 2, 1, 2, 2]),
+        ("grow", [2, 2.4, 0.72, 0.864, 1.0368, 1.24416, 1.492992], [4, 1, 3, 1, 1, 1, 1]),
         ("last", [2, 2, 1, 1, 1, 1, 1], [4, 1, 2, 1, 1, 1, 1]),
         ("fixed", [2, 2, 1, 1, 2, 2, 2], [4, 4, 5, 5, 4, 4, 4]),
     ],
 )
 def test_resets(reset, steps, trials):
-    """Steps of 1/3 and 1 curvature end at 2 and 1; 'grow' recovers at two trials, 'last' never."""
-    assert path(Armijo(16.0, reset=reset)) == (steps, trials)
+    """Curvatures 1/3 and 1 allow steps of 3 and 1; 'grow' recovers by 1.2, 'last' never."""
+    found = path(Armijo(16.0, reset=reset))
+    assert found[0] == pytest.approx(steps, rel=1e-12) and found[1] == trials
+    # growing twofold stays within a factor of two of what is allowed, at twice the trials
+    if reset == "grow":
+        twofold = path(Armijo(16.0, growth=2.0))
+        assert twofold == ([2, 2, 1, 1, 2, 2, 2], [4, 2, 3, 2, 1, 2, 2])
 
 
 @pytest.mark.parametrize("initial", [2.0**p for p in range(-30, 30, 7)])
@@ -190,7 +195,7 @@ def test_first_search_brackets(initial):
     assert 1.5 < move.size <= 3 and not move.failed
     assert move.trials <= abs(math.log2(initial)) + 4
     # but not the later ones, and not with a fixed start
-    assert Armijo(initial)(line_of(1 / 3), 1, 2**-9).size == 2**-8
+    assert Armijo(initial)(line_of(1 / 3), 1, 2**-9).size == 1.2 * 2**-9
     fixed = Armijo(initial, reset="fixed")(line_of(1 / 3), 0, None)
     assert fixed.size == min(initial, 2.0)
 
@@ -256,9 +261,29 @@ def test_slack():
 def test_rounding_is_forgiven_and_does_not_grow_the_step():
     """At a solution the decrease drowns in rounding: accept, but never a longer step."""
     line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 + 1e-16))
-    assert Armijo()(line, 3, 0.5) == (0.5, 0.5, 1, False)
+    assert Armijo(reset="last")(line, 3, 0.5) == (0.5, 0.5, 1, False)
     line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 + 1e-14))
     assert Armijo()(line, 3, 0.5).failed
+
+
+def test_a_step_lost_in_rounding_finds_its_way_back():
+    """1e-9 is too short to be seen in phi, and no reason to stay there."""
+    rule, last, trials = Armijo(), 1e-9, []
+    for k in range(1, 150):
+        g = 1e-3  # phi(s) = 1 - g^2 s + g^2 s^2 / 6: steps up to 3 are allowed
+        line = Line(t(1.0), t(-(g**2)), lambda s, g=g: t(1.0 - g**2 * s + g**2 * s**2 / 6))
+        move = rule(line, k, last)
+        assert not move.failed
+        last = move.last
+        trials.append(move.trials)
+    assert 1 < last <= 3 and max(trials) <= 2
+
+
+def test_at_the_solution_no_trial_is_as_far_as_rounding_would_let_it():
+    """Refused where it could be seen; the step stays what it was."""
+    g2 = 1e-18
+    line = Line(t(1.0), t(-g2), lambda s: t(1.0 - g2 * s + g2 * s**2 / 6))
+    assert Armijo()(line, 3, 0.5) == (0.5, 0.5, 2, False)
 
 
 # -- directions -----------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def variants() -> dict[str, Method]:
         "response refine, slack 0.01": replace(armijo(slack=0.01), response="refine"),
         "c = 0.1": armijo(c=0.1),
         "slack 0.01": armijo(slack=0.01),
+        "growth 2": replace(armijo(growth=2.0), inner_rule=Armijo(growth=2.0)),
+        "no average": replace(default, averages=False),
         "reset last": armijo(reset="last"),
         "reset fixed": armijo(reset="fixed"),
         "start 1e-4": bilevel.bisls("adam", 1e-4, 1e-4),

@@ -65,15 +65,22 @@ def variants() -> dict[str, Method]:
     }
 
 
-def grid() -> dict[str, Method]:
-    """Fixed steps: two directions, six outer and three inner steps."""
+def grid(kind: str) -> dict[str, Method]:
+    """Fixed steps of two directions: 6 x 3 pairs; wide: 7 x 7, constant and falling."""
+    if kind == "none":
+        return {}
+    wide = kind == "wide"
+    outer_steps = [10.0**e for e in (range(-5, 2) if wide else range(-3, 3))]
+    inner_steps = [10.0**e for e in (range(-4, 3) if wide else range(-2, 1))]
     found = {}
     for direction in ("adam", "sgd"):
-        for exponent in range(-3, 3):
-            for beta in (1e-2, 1e-1, 1.0):
-                alpha = 10.0**exponent * (10 if direction == "sgd" else 1)
-                method = bilevel.fixed(direction, alpha, beta)  # type: ignore[arg-type]
-                found[f"{direction} {alpha:g} {beta:g}"] = method
+        for alpha in outer_steps:
+            for beta in inner_steps:
+                for decay in (0.0, 0.5) if wide else (0.0,):
+                    step = alpha * (10 if direction == "sgd" else 1)
+                    method = bilevel.fixed(direction, step, beta, decay=decay)
+                    falling = " falling" if decay else ""
+                    found[f"{direction} {step:g} {beta:g}{falling}"] = method
     return found
 
 
@@ -82,7 +89,7 @@ def run(job: tuple[str, str, int]) -> dict[str, float]:
     case, name, seed = job
     torch.set_num_threads(1)
     problem = CASES[case](seed)
-    method = (variants() | grid())[name]
+    method = (variants() | grid("usual") | grid("wide"))[name]
     start = time.perf_counter()
     result = bilevel.solve(
         problem.outer,
@@ -128,11 +135,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--variants", nargs="*", default=list(variants()))
-    parser.add_argument("--no-grid", action="store_true")
+    parser.add_argument("--grid", choices=("usual", "wide", "none"), default="usual")
     parser.add_argument("--name", default="defaults", help="of the file that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
-    cells = [] if options.no_grid else list(grid())
+    cells = list(grid(options.grid))
     jobs = [
         (case, name, seed)
         for case in options.cases

@@ -65,6 +65,8 @@ class Result:
 
     Attributes:
         x, y: the solution, in the structure that was given; a Module is the one that was given.
+            Under noisy batches the average of the last iterates, where fresh batches find it
+            better; the last iterate is in ``state.vectors``.
         reason: why the run ended, in words.
         history: one :class:`Record` per outer iteration.
         state: to go on from, at the step level.

@@ -157,19 +157,21 @@ def compare(
     solve: Callable[..., Result],
     measure: Measure,
     score: str = "validation_loss",
+    marks: int = 20,
 ) -> tuple[list[Attempt], list[Attempt]]:
-    """Our methods, ``options.methods``, and the cells of ``options.grid``.
+    """Our methods, ``options.methods``, and the cells of ``options.grid``, measured less often.
 
     Args:
         solve: ``solve(method, **manners)`` runs ``bilevel.solve(..., method=method, **manners)``.
-        measure, score: as for :func:`attempt`.
+        measure, score, marks: as for :func:`attempt`.
     """
 
     def one(name: str, method: bilevel.Method, cell: Cell | None = None) -> Attempt:
         def run_it(**manners: Any) -> Result:
             return solve(method, **manners)
 
-        return attempt(run, name, run_it, measure, options, cell, 20 if cell is None else 5, score)
+        often = marks if cell is None else max(1, marks // 4)
+        return attempt(run, name, run_it, measure, options, cell, often, score)
 
     ours = [one(name, METHODS[name]()) for name in dict.fromkeys(options.methods)]
     grid = [

@@ -33,19 +33,22 @@ class OptimizerSolver:
             )
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
+        with torch.no_grad():
+            for p, value in zip(self.parameters, oracle.y.parts(y), strict=True):
+                p.copy_(value)
         for draw in draws:
-            _, gy = oracle.inner_gradient(x, y, draw)
-            with torch.no_grad():
-                values, gradients = oracle.y.parts(y), oracle.y.parts(gy)
-                for p, value, g in zip(self.parameters, values, gradients, strict=True):
-                    p.copy_(value)
-                    p.grad = g.clone()
-            self.optimizer.step()
+            self.optimizer.step(partial(self._closure, oracle, x, draw))
             if self.scheduler is not None:
                 self.scheduler.step()
             self.optimizer.zero_grad()
-            y = _gather(self.parameters, oracle)
-        return y
+        return _gather(self.parameters, oracle)
+
+    def _closure(self, oracle: Oracle, x: Tensor, draw: Draw) -> Tensor:
+        """The loss where the parameters are, which LBFGS asks for as often as it likes."""
+        value, gy = oracle.inner_gradient(x, _gather(self.parameters, oracle), draw)
+        for p, g in zip(self.parameters, oracle.y.parts(gy), strict=True):
+            p.grad = g.clone()
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         schedule = None if self.scheduler is None else self.scheduler.state_dict()

@@ -547,6 +547,16 @@ def test_inner_solver_optimizers(make, case):
     assert relative(result.y, flat(case.y)) > 1e-4
 
 
+@pytest.mark.parametrize("case", [RIDGES[0], NESTED], ids=str)
+def test_inner_solver_that_evaluates_as_often_as_it_likes(case):
+    """LBFGS asks for the loss and its gradient by a closure."""
+    solver = partial(torch.optim.LBFGS, max_iter=60, line_search_fn="strong_wolfe")
+    method = bilevel.fixed("sgd", 1e-12, 1.0, EXACT, inner_solver=solver)  # x stays where it is
+    result = run(case, method, 3, 2)
+    assert relative(result.y, case.solution(flat(case.x).numpy())) < 1e-4
+    assert result.history[-1].gradients > 3 * (2 + 2)  # each of them is counted
+
+
 @pytest.mark.parametrize("name", ["bisls-adam", "bisls-sgd", "bisps", "fixed"])
 def test_inner_solver_function(name):
     """The closed form as the inner solver: x gets to the optimum."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 
 import bilevel
-from benchmarks.problems import CASES
+from benchmarks.problems import CASES, outcome
 from benchmarks.report import write
 from bilevel.method import Method
 from bilevel.presets import SEARCHED_ADAM
@@ -88,46 +86,17 @@ def run(job: tuple[str, str, int]) -> dict[str, float]:
     """One run of a named method on a named case."""
     case, name, seed = job
     torch.set_num_threads(1)
-    problem = CASES[case](seed)
     method = (variants() | grid("usual") | grid("wide"))[name]
-    start = time.perf_counter()
-    result = bilevel.solve(
-        problem.outer,
-        problem.inner,
-        problem.x,
-        problem.y,
-        method=method,
-        steps=STEPS,
-        inner_steps=INNER,
-        seed=seed,
-        **problem.data,
-    )
-    seconds = time.perf_counter() - start
-    value = problem.objective(result.x)
-    history = result.history
-    return {
-        "value": value if math.isfinite(value) else math.inf,
-        "seconds": seconds,
-        "trials": statistics.mean(r.outer_trials for r in history),
-        "failed": statistics.mean(r.failure is not None for r in history),
-        "gradients": history[-1].gradients,
-        "products": history[-1].hessian_products,
-    }
+    return outcome(CASES[case](seed), method, STEPS, INNER, seed)
 
 
 def summary(case: str, name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
-    values = [r["value"] for r in runs]
-    return {
-        "problem": case,
-        "method": name,
-        "objective": statistics.mean(values),
-        "worst seed": max(values),
-        "trials": statistics.mean(r["trials"] for r in runs),
-        "failed": statistics.mean(r["failed"] for r in runs),
-        "gradients": statistics.mean(r["gradients"] for r in runs),
-        "products": statistics.mean(r["products"] for r in runs),
-        "seconds": statistics.mean(r["seconds"] for r in runs),
+    means = {
+        key: statistics.mean(r[key] for r in runs)
+        for key in ("objective", "trials", "failed", "gradients", "products", "seconds")
     }
+    worst = max(r["objective"] for r in runs)
+    return {"problem": case, "method": name, **means, "worst seed": worst}
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,9 @@ inner problem solved anew by L-BFGS or in closed form."""
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import bilevel
 from tasks.data import load
 
 
@@ -24,6 +28,35 @@ class Case:
     y: Any
     objective: Callable[[Any], float]
     data: dict[str, Any] = field(default_factory=dict)
+
+
+def outcome(
+    case: Case, method: bilevel.Method, steps: int, inner_steps: int, seed: int
+) -> dict[str, float]:
+    """One run: the true objective at its end (inf where there is none) and what it has cost."""
+    start = time.perf_counter()
+    result = bilevel.solve(
+        case.outer,
+        case.inner,
+        case.x,
+        case.y,
+        method=method,
+        steps=steps,
+        inner_steps=inner_steps,
+        seed=seed,
+        **case.data,
+    )
+    seconds = time.perf_counter() - start
+    value, history = case.objective(result.x), result.history
+    return {
+        "objective": value if math.isfinite(value) else math.inf,
+        "unfinished": float(result.state.k < steps),
+        "trials": statistics.mean(r.outer_trials for r in history),
+        "failed": statistics.mean(r.failure is not None for r in history),
+        "gradients": history[-1].gradients,
+        "products": history[-1].hessian_products,
+        "seconds": seconds,
+    }
 
 
 class Shuffled:

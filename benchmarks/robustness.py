@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from benchmarks.problems import CASES, Case, distillation, quadratic, representation
+from benchmarks.problems import CASES, Case, distillation, outcome, quadratic, representation
 from benchmarks.report import write
 from bilevel.layout import tree_map
 
@@ -94,25 +93,8 @@ def run(job: tuple[str, str, Change, int, int]) -> dict[str, float]:
     torch.set_num_threads(1)
     made = CASES[name](seed) if change.size is None else SIZES[name](seed, change.size)
     case = changed(made, change)
-    result = bilevel.solve(
-        case.outer,
-        case.inner,
-        case.x,
-        case.y,
-        method=bilevel.bisls(method.removeprefix("bisls-"), *change.starts),  # type: ignore[arg-type]
-        steps=steps,
-        inner_steps=change.inner_steps,
-        seed=seed,
-        **case.data,
-    )
-    history = result.history
-    value = case.objective(result.x)
-    return {
-        "objective": value if math.isfinite(value) else math.inf,
-        "unfinished": float(result.state.k < steps),
-        "trials": statistics.mean(r.outer_trials for r in history),
-        "failed": statistics.mean(r.failure is not None for r in history),
-    }
+    rule = bilevel.bisls(method.removeprefix("bisls-"), *change.starts)  # type: ignore[arg-type]
+    return outcome(case, rule, steps, change.inner_steps, seed)
 
 
 def main(argv: list[str]) -> None:
@@ -135,9 +117,9 @@ def main(argv: list[str]) -> None:
     with ProcessPoolExecutor(options.workers) as pool:
         found = list(pool.map(run, jobs))
     groups: dict[tuple[str, str, str], list[dict[str, float]]] = {}
-    for (case, _, change, _, _), outcome in zip(jobs, found, strict=True):
+    for (case, _, change, _, _), ended in zip(jobs, found, strict=True):
         value = "all" if change.what == "starts" else change.value
-        groups.setdefault((case, change.what, value), []).append(outcome)
+        groups.setdefault((case, change.what, value), []).append(ended)
     write(
         options.name,
         [

@@ -12,7 +12,7 @@ from typing import Any
 from .__main__ import positive
 from .figures import Curve
 from .files import write
-from .run import Run, progress
+from .run import Run, add_resume, progress
 
 Result = dict[str, Any]
 
@@ -68,9 +68,7 @@ def _whole_lines(path: Path) -> Iterable[tuple[str, Result]]:
 def add_arguments(parser: ArgumentParser, repeats: int, what: str) -> None:
     """The options that every comparison of single-level optimizers has."""
     parser.add_argument("--repeats", type=positive, default=repeats, help=what)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted run in --out"
-    )
+    add_resume(parser)
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bilevel.checkpoint import load as load_checkpoint
 
 from .__main__ import positive
 from .files import write_csv, write_json
-from .run import Run, curves, progress
+from .run import Run, add_resume, curves, progress
 
 #: Ours, by name; nothing about them depends on the task.
 METHODS: dict[str, Callable[..., bilevel.Method]] = {
@@ -71,11 +71,7 @@ def add_methods(parser: ArgumentParser) -> None:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options that every comparison has."""
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the interrupted run in --out, of the same options",
-    )
+    add_resume(parser)
     parser.add_argument(
         "--grid",
         choices=GRIDS,

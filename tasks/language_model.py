@@ -34,6 +34,7 @@ from .training import (
     Fit,
     Method,
     add_text_arguments,
+    count_parameters,
     installed,
     linear,
     schedulefree_adamw,
@@ -133,22 +134,10 @@ def run(options: Namespace) -> dict[str, Any]:
     return run.summarize(
         {
             "data": repr(data),
-            "parameters": sum(p.numel() for p in fresh(0).parameters()),
+            "parameters": count_parameters(fresh(0)),
             "tokens per step": options.batch * options.accumulate * options.context,
             **({"missing": "; ".join(missing)} if missing else {}),
-            "validation loss": [
-                {
-                    "method": name, "rate": rate,
-                    **spread("loss", finals(results[name, rate])),
-                    "first step": steps(results[name, rate], 0),
-                    "last step": steps(results[name, rate], -1),
-                }
-                for name, rate in chosen.items()
-            ],
-            "validation loss over the grid": [
-                {"method": name, "rate": rate, **spread("loss", finals(results[name, rate]))}
-                for name, method in methods.items() for rate in method.rates
-            ],
+            **tables(results, chosen, "validation loss", "rate"),
         }
     )  # fmt: skip
 
@@ -193,6 +182,28 @@ def compare(
 
             results.setdefault((name, rate), []).append(cells(fit, **key))
     return results
+
+
+def tables(
+    results: Results, chosen: dict[str, float | None], loss: str, rate: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Of a summary: the chosen rate of each method, and all rates; ``loss`` and ``rate`` name
+    the tables and the column of rates."""
+    return {
+        loss: [
+            {
+                "method": name, rate: value,
+                **spread("loss", finals(results[name, value])),
+                "first step": steps(results[name, value], 0),
+                "last step": steps(results[name, value], -1),
+            }
+            for name, value in chosen.items()
+        ],
+        f"{loss} over the grid": [
+            {"method": name, rate: value, **spread("loss", finals(runs))}
+            for (name, value), runs in results.items()
+        ],
+    }  # fmt: skip
 
 
 def finals(results: Sequence[Result]) -> list[float]:

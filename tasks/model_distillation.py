@@ -31,7 +31,7 @@ from .language_model import (
     draw_losses,
     draw_sensitivity,
     finals,
-    steps,
+    tables,
 )
 from .language_models import GPT, gpt_size
 from .models import seeded
@@ -45,6 +45,7 @@ from .training import (
     Fit,
     Method,
     add_text_arguments,
+    count_parameters,
     forward_loss,
     from_hub,
     installed,
@@ -163,22 +164,10 @@ def run(options: Namespace) -> dict[str, Any]:
             "data": repr(data),
             "teacher": options.teacher,
             "teacher's validation loss": qualities[-1],
-            "parameters of teacher": count(teachers[-1]),
-            "parameters of student": count(fresh(0)),
+            "parameters of teacher": count_parameters(teachers[-1]),
+            "parameters of student": count_parameters(fresh(0)),
             **({"missing": "; ".join(missing)} if missing else {}),
-            "student's validation loss": [
-                {
-                    "method": name, "step size or cap": rate,
-                    **spread("loss", finals(results[name, rate])),
-                    "first step": steps(results[name, rate], 0),
-                    "last step": steps(results[name, rate], -1),
-                }
-                for name, rate in chosen.items()
-            ],
-            "student's validation loss over the grid": [
-                {"method": name, "step size or cap": rate, **spread("loss", finals(runs))}
-                for (name, rate), runs in results.items()
-            ],
+            **tables(results, chosen, "student's validation loss", "step size or cap"),
             "with other teachers": [
                 {"teacher's loss": quality, "method": name, **spread("loss", finals(runs))}
                 for quality, others in worse for (name, _), runs in others.items()
@@ -261,7 +250,3 @@ def own_teachers(run: Run, options: Namespace, data: Tokens) -> list[nn.Module]:
 def mean_loss(model: nn.Module, batches: list[Batch]) -> float:
     losses = [forward_loss(model.eval(), batch).item() for batch in batches]
     return sum(losses) / len(losses)
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from bilevel.rules import Armijo, Line
 
-from .data.batches import Epochs, generator
+from .data.batches import Epochs, endless, generator
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
@@ -160,7 +160,7 @@ def double(parameters: Parameters) -> Parameters:
 def minimize(
     loss: Loss,
     start: Parameters,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-7,
     iterations: int = 1000,
     history: int = 100,
 ) -> Parameters:
@@ -219,8 +219,7 @@ def adam(
     """Adam on loss(parameters, *batch), its step falling from ``lr`` to zero linearly."""
     point = {key: value.detach().clone().requires_grad_() for key, value in start.items()}
     optimizer = torch.optim.Adam(point.values(), lr=lr)
-    endless = (batch for epoch in repeat(data) for batch in epoch)
-    for k, batch in enumerate(islice(endless, steps)):
+    for k, batch in enumerate(islice(endless(data), steps)):
         optimizer.param_groups[0]["lr"] = lr * (1 - k / steps)
         optimizer.zero_grad()
         loss(point, *batch).backward()

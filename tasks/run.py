@@ -17,7 +17,7 @@ import json
 import platform
 import subprocess
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,16 @@ from .errors import FolderInUse
 from .figures import curves, image_grid
 from .files import plain, write_csv, write_json
 
-__all__ = ["Run", "curves", "default_folder", "device", "image_grid", "progress", "start"]
+__all__ = [
+    "Run",
+    "add_resume",
+    "curves",
+    "default_folder",
+    "device",
+    "image_grid",
+    "progress",
+    "start",
+]
 
 Item = TypeVar("Item")
 
@@ -145,6 +154,15 @@ class Run:
         values: dict[str, Any] = plain(dict(summary))
         write_json(self._summary, values)
         return values
+
+
+def add_resume(parser: ArgumentParser) -> None:
+    """The option of every task that can be interrupted."""
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted run in --out, of the same options",
+    )
 
 
 def start(options: Namespace) -> Run:

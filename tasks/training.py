@@ -19,7 +19,7 @@ from bilevel.randomness import all_generators, restore_generators
 from .__main__ import positive
 from .cells import Result, milestones
 from .data import load_text
-from .data.batches import Epochs
+from .data.batches import Epochs, endless
 from .data.text import SHAKESPEARE
 from .data.tokens import TokenBlocks, Tokens, map_tokens, write_text, write_tokens
 from .errors import MissingData, first_line, require
@@ -204,9 +204,8 @@ def forward_loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None = 
         return next_token_loss(model, *batch)
 
 
-def endless(data: Epochs) -> Iterator[Batch]:
-    while True:
-        yield from data
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def installed(methods: dict[str, Method]) -> tuple[dict[str, Method], list[str]]:

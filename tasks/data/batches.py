@@ -103,6 +103,12 @@ class Epochs(ABC):
         self._restored = True
 
 
+def endless(data: Epochs) -> Iterator[Any]:
+    """The batches of one epoch after the other."""
+    while True:
+        yield from data
+
+
 class Batches(Epochs):
     """Shuffled minibatches (images, labels).
 

@@ -84,7 +84,7 @@ def test_fejer(method, noise):
         star = problem.solution
         distance = np.linalg.norm(problem.start - star)
         order = np.random.default_rng(seed)
-        for _ in range(40):
+        for _ in range(60):
             problem.step(optimizer, int(order.integers(7)), params)
             new = np.linalg.norm(base(optimizer, params) - star)
             assert new <= distance * (1 + 1e-14)
@@ -181,7 +181,7 @@ def test_three_points_lie_on_a_line(method):
     problem = LeastSquares(noise=0.3)
     params = problem.params()
     optimizer = method(params)
-    for t in range(50):
+    for t in range(100):
         problem.step(optimizer, t, params)
     y, z = flat(params), base(optimizer, params)
     optimizer.eval()
@@ -410,10 +410,10 @@ def test_no_dead_lock(method):
         return np.linalg.norm(x - z)
 
     before = distance()
-    for t in range(100):
+    for t in range(200):
         problem.step(optimizer, t, params, target=1e6)
         assert optimizer.last.step == 0 and "below bound" in optimizer.last.active
-    assert distance() < 0.5 * before
+    assert distance() < 0.35 * before
     problem.step(optimizer, 0, params, target=-100.0)
     assert optimizer.last.step > 0
 

@@ -9,9 +9,8 @@ from tests.optim.tables import METHODS, ONCE, POLYAK, LeastSquares, RandomSteps,
 STEPS = 100
 
 
-@pytest.mark.parametrize(
-    "method, foreach", [(m, True) for m in METHODS] + [(m, False) for m in ONCE], ids=str
-)
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_equals_numpy(method, foreach):
     problem = LeastSquares() if method.search else RandomSteps(STEPS)
     params = problem.params()

@@ -44,6 +44,9 @@ class Estimate:
         value: f(x, y).   inner_value: g(x, y), None if not evaluated.
         residual: ||g_yy q - f_y|| / ||f_y||, None where no linear system is solved.
         q: solution of that system, to go on from.   respond: see :data:`Respond`.
+        lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
+            has no solution to be behind of.
+        newton: () -> s with g_yy s = -g_y, on the way to y*(x).
     """
 
     grad: Tensor
@@ -53,6 +56,8 @@ class Estimate:
     residual: Tensor | None
     q: Tensor | None
     respond: Respond
+    lag: Tensor | None = None
+    newton: Callable[[], Tensor] | None = None
 
 
 class Hypergradient(Protocol):
@@ -85,7 +90,8 @@ class Hypergradient(Protocol):
 class Implicit:
     """f_x - g_xy q with g_yy q = f_y: the implicit function theorem at the point at hand.
 
-    Right where g_y = 0 and the system is solved; ``residual`` tells about the second.
+    Right where g_y = 0 and the system is solved; ``lag`` tells about the first, ``residual``
+    about the second.
 
     Args:
         solver: :class:`Neumann`, :class:`StochasticNeumann`, :class:`ConjugateGradient`,
@@ -153,7 +159,11 @@ class Implicit:
 
             return torch.dot(fx, d) + torch.dot(fy, w), follow
 
-        return Estimate(fx - gxy_q, fx, value, pull.value, residual, q, respond)
+        def newton() -> Tensor:
+            return self.solver(product, -pull.gradient, None)
+
+        lag = torch.dot(q, pull.gradient)
+        return Estimate(fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton)
 
 
 @dataclass(frozen=True)

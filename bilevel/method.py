@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.average import Average
-from bilevel.hypergradients import Hypergradient, InnerStep
+from bilevel.hypergradients import Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
@@ -28,6 +28,8 @@ from bilevel.rules import (
     Steepest,
 )
 from bilevel.trials import Response, Trials
+
+LAG = 0.1  # of the outer gain: what y may be behind before it is corrected
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Method:
 
     Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial is
     judged: see :class:`bilevel.trials.Trials`; ``averages``, whether the average of the iterates
-    may be the answer where there are batches: see :class:`bilevel.average.Average`.
+    may be the answer where there are batches: see :class:`bilevel.average.Average`; ``corrects``,
+    whether a y that lags behind y*(x) is brought nearer by a Newton step: see :func:`corrected`.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Method:
     response: Response = "tangent"
     inner_solver: Callable[..., Any] | None = None
     averages: bool = True
+    corrects: bool = True
 
     def __post_init__(self) -> None:
         if self.inner_solver is not None and self.hypergradient.keep != "nothing":
@@ -165,11 +169,18 @@ class Method:
                     float("nan") if h.residual is None else h.residual,
                     new_x.isfinite().all() & new_y.isfinite().all(),
                     h.value - average_value,
+                    trials.line.slope,
+                    0.0 if h.lag is None else h.lag,
                 )
             ]
         ).tolist()
-        value, inner_value, norm, alpha, beta, residual, finite, difference = numbers
+        value, inner_value, norm, alpha, beta, residual, finite, difference, slope, lag = numbers
         failure = _failure(value, inner_value, norm, finite, move)
+        # a failed search leaves a good point to go on from; numbers that are not finite do not
+        numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
+        behind = abs(lag) > LAG * alpha * abs(slope)
+        if self.corrects and behind and not (numeric or move.failed):
+            new_y = corrected(oracle, new_x, new_y, h, draws[0])
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -188,8 +199,6 @@ class Method:
             seconds=state.seconds,
             failure=failure,
         )
-        # a failed search leaves a good point to go on from; numbers that are not finite do not
-        numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
         if numeric:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
         if average and math.isfinite(difference):
@@ -242,6 +251,25 @@ class Method:
             out.trials += move.trials
             out.failures += move.failed
         return y, path, out
+
+
+def corrected(oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw) -> Tensor:
+    """y + s or y + s/4 with the Newton step g_yy s = -g_y, or y: the first that is better.
+
+    The inner steps bring y near y*(x) as slowly as g is ill-conditioned, and where f gains by y
+    staying behind, x drifts to where they are slower still. One more system with the matrix of
+    the hypergradient makes up for it; where that belongs to one batch, another one judges.
+
+    Args:
+        x, y: where the outer step has led to.   h: the hypergradient before it.
+    """
+    if h.newton is None:
+        return y
+    s, best = h.newton(), oracle.value("inner", x, y, judge)
+    for t in (1.0, 0.25):
+        if bool(oracle.value("inner", x, y + t * s, judge) < best):
+            return y + t * s
+    return y
 
 
 def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:

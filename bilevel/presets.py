@@ -70,6 +70,7 @@ def bisls(
         Armijo(inner_step, reset=reset),
         response,
         inner_solver,
+        corrects=inner_solver is None,
     )
 
 
@@ -127,6 +128,7 @@ def bisps(
         Polyak(outer_lower_bound, c, lower, max_outer_step),
         Polyak(inner_lower_bound, c, 0.0, max_inner_step),
         inner_solver=inner_solver,
+        corrects=False,
     )
 
 
@@ -158,6 +160,7 @@ def fixed(
         Fixed(inner_step, decay),
         inner_solver=inner_solver,
         averages=False,
+        corrects=False,
     )
 
 

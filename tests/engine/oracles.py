@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 import bilevel
-from bilevel import Problem
+from bilevel import ConjugateGradient, Implicit, Problem
 from bilevel.layout import Layout
 from bilevel.problem import Draw, Oracle
-from tests.tables import RIDGES, Case, Solver, flat, relative, ridge
+from tests.tables import QUADRATIC, RIDGES, Case, Solver, flat, relative, ridge
 
 EPS = np.finfo(np.float64).eps
 
@@ -106,6 +106,18 @@ def failed_step_not_carried() -> None:
     assert record.failure is None and after.failures == 0
     assert record.outer_trials <= 4
     assert record.outer_step >= state.outer_last / 4
+
+
+def solved_by_newton() -> None:
+    """Where g is quadratic and g_xy constant, tangent and correction end on y*(x) at once."""
+    method = bilevel.bisls("sgd", hypergradient=Implicit(ConjugateGradient(200, 0.0)))
+    for inner_steps in (1, 5):
+        state = method.init(QUADRATIC.x, QUADRATIC.y)
+        problem = Problem(QUADRATIC.outer, QUADRATIC.inner)
+        state, record = method.step(problem, state, None, inner_steps)
+        assert record.outer_step > 0
+        solution = QUADRATIC.solution(flat(state.x).numpy())
+        assert np.abs(flat(state.y).numpy() - solution).max() < 1e-9 * np.abs(solution).max()
 
 
 def fresh_batches() -> None:

@@ -12,6 +12,7 @@ import torch
 import bilevel
 from bilevel import ConjugateGradient, Implicit, Method, Neumann, Problem, Unrolled
 from bilevel.layout import Layout
+from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Adam, Armijo, Steepest
 from tests.engine import oracles
@@ -236,6 +237,57 @@ def test_tangent_is_that_of_the_solution(case):
     _, follow = h.respond(d)
     w = np.linalg.solve(case.H, -case.cross(case.X) @ d.numpy())
     assert relative(follow(1e-3, X + 1e-3 * d) - Y, 1e-3 * w) < 1e-9
+
+
+def test_correction_solves_a_quadratic():
+    oracles.solved_by_newton()
+
+
+def test_correction_is_judged_by_another_batch():
+    """A Newton step of one batch's Hessian is kept, shortened or dropped as another one sees it."""
+    H = torch.diag(t([1.0, 100.0]))
+
+    def inner(x, y, center):
+        r = y - center - x
+        return r @ H @ r / 2
+
+    x, y = t([0.0, 0.0]), t([1.0, -2.0])
+    oracle = Oracle(Problem(lambda x, y: (y * y).sum(), inner), Layout(x, "x"), Layout(y, "y"))
+    solution = t([3.0, 1.0])
+    h = EXACT.estimate(oracle, x, y, Draw(), [Draw(solution)], [], None)
+    assert relative(h.newton(), solution - y) < 1e-12
+    assert relative(h.lag, (2 * y) @ (y - solution)) < 1e-12
+
+    def ends(center):
+        return corrected(oracle, x, y, h, Draw(center))
+
+    assert relative(ends(solution), solution) < 1e-12
+    assert relative(ends(y + 0.3 * (solution - y)), y + (solution - y) / 4) < 1e-12
+    assert torch.equal(ends(y), y)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_y_does_not_stay_behind_where_that_flatters_f(seed):
+    """Penalties that fall make g ill-conditioned: y behind its solution looks regularised."""
+    draw = np.random.default_rng(seed)
+    scale = np.logspace(0, -2, 12)
+    A, A2 = draw.normal(size=(20, 12)) * scale, draw.normal(size=(200, 12)) * scale
+    w = draw.normal(size=12)
+    b, b2 = t(A @ w + 0.5 * draw.normal(size=20)), t(A2 @ w + 0.5 * draw.normal(size=200))
+    A, A2 = t(A), t(A2)
+
+    def inner(x, y):
+        return ((A @ y - b) ** 2).mean() / 2 + (x.exp() * y * y).sum() / 2
+
+    def outer(x, y):
+        return ((A2 @ y - b2) ** 2).mean() / 2
+
+    def truth(x):
+        return outer(x, torch.linalg.solve(A.T @ A / 20 + x.exp().diag(), A.T @ b / 20))
+
+    zeros = torch.zeros(12, dtype=torch.float64)
+    result = bilevel.solve(outer, inner, zeros, zeros, steps=100, inner_steps=1)
+    assert result.history[-1].outer_loss == pytest.approx(float(truth(result.x)), rel=1e-3)
 
 
 def test_unrolled_response_is_the_same_steps_at_the_trial():

@@ -75,6 +75,12 @@ def wrong_way(h, *rest):
     return h
 
 
+def wrong_newton(h, *rest):
+    newton = h.newton
+    h.newton = lambda: 0.9 * newton()
+    return h
+
+
 def dropped_direct(h, oracle, x, y, outer, *rest):
     h.grad = h.grad - oracle.outer_gradients(x, y, outer)[1]
     return h
@@ -170,6 +176,14 @@ BUGS = {
             (lambda original: lambda pull, d: 1.1 * original(pull, d))(Pullback.forward),
         ),
         slope(),
+    ),
+    "Newton step of the wrong length": (
+        lambda: estimated(wrong_newton),
+        oracles.solved_by_newton,
+    ),
+    "no correction": (
+        lambda: (bilevel.method, "corrected", lambda oracle, x, y, h, judge: y),
+        oracles.solved_by_newton,
     ),
     "stale batch": (stale_batch, oracles.fresh_batches),
     "a failed step carried over": (carried, oracles.failed_step_not_carried),

@@ -4,6 +4,7 @@ import io
 import math
 import sys
 from collections import Counter, OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -282,18 +283,21 @@ def test_counters(name, monkeypatch):
     assert min(per_step) >= 3 + 1
 
 
-def test_counts_of_one_iteration_by_hand():
+@pytest.mark.parametrize("corrects", [True, False])
+def test_counts_of_one_iteration_by_hand(corrects):
     """BiSLS-SGD, 3 inner steps: gradients 3 inner + f + the pullback; products CG + residual +
     response; losses one per trial, inner or outer, and two looks at the inner loss per outer
-    trial on the tangent."""
+    trial on the tangent. A correction is one more system, and a look before and after it."""
     case = RIDGES[0]
     method = bilevel.bisls("sgd", hypergradient=Implicit(ConjugateGradient(4, 0.0)))
+    method = replace(method, corrects=corrects)
     state, record = method.step(
         Problem(case.outer, case.inner), method.init(case.x, case.y), None, 3
     )
     assert record.gradients == 3 + 1 + 1
-    assert record.hessian_products == (4 + 1) + (1 + 4)
-    assert record.loss_evaluations == record.inner_trials + 3 * record.outer_trials
+    assert record.hessian_products == (4 + 1) + (1 + 4) + corrects * 4
+    looks = record.inner_trials + 3 * record.outer_trials + corrects * 2
+    assert record.loss_evaluations == looks
 
 
 # -- history and ends -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Why the defaults are what they are: each choice beside its alternatives and a tuned grid."""
+"""Why the defaults are what they are: each choice beside its alternatives."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def variants() -> dict[str, Method]:
         "slack 0.01": armijo(slack=0.01),
         "growth 2": replace(armijo(growth=2.0), inner_rule=Armijo(growth=2.0)),
         "no average": replace(default, averages=False),
+        "no correction": replace(default, corrects=False),
         "reset last": armijo(reset="last"),
         "reset fixed": armijo(reset="fixed"),
         "start 1e-4": bilevel.bisls("adam", 1e-4, 1e-4),
@@ -63,31 +64,11 @@ def variants() -> dict[str, Method]:
     }
 
 
-def grid(kind: str) -> dict[str, Method]:
-    """Fixed steps of two directions: 6 x 3 pairs; wide: 7 x 7, constant and falling."""
-    if kind == "none":
-        return {}
-    wide = kind == "wide"
-    outer_steps = [10.0**e for e in (range(-5, 2) if wide else range(-3, 3))]
-    inner_steps = [10.0**e for e in (range(-4, 3) if wide else range(-2, 1))]
-    found = {}
-    for direction in ("adam", "sgd"):
-        for alpha in outer_steps:
-            for beta in inner_steps:
-                for decay in (0.0, 0.5) if wide else (0.0,):
-                    step = alpha * (10 if direction == "sgd" else 1)
-                    method = bilevel.fixed(direction, step, beta, decay=decay)
-                    falling = " falling" if decay else ""
-                    found[f"{direction} {step:g} {beta:g}{falling}"] = method
-    return found
-
-
 def run(job: tuple[str, str, int]) -> dict[str, float]:
     """One run of a named method on a named case."""
     case, name, seed = job
     torch.set_num_threads(1)
-    method = (variants() | grid("usual") | grid("wide"))[name]
-    return outcome(CASES[case](seed), method, STEPS, INNER, seed)
+    return outcome(CASES[case](seed), variants()[name], STEPS, INNER, seed)
 
 
 def summary(case: str, name: str, runs: list[dict[str, float]]) -> dict[str, Any]:
@@ -104,34 +85,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--variants", nargs="*", default=list(variants()))
-    parser.add_argument("--grid", choices=("usual", "wide", "none"), default="usual")
     parser.add_argument("--name", default="defaults", help="of the file that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
-    cells = list(grid(options.grid))
     jobs = [
         (case, name, seed)
         for case in options.cases
-        for name in [*options.variants, *cells]
+        for name in options.variants
         for seed in range(options.seeds)
     ]
     with ProcessPoolExecutor(options.workers) as pool:
-        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    rows = []
-    for case in options.cases:
-
-        def runs(name: str, case: str = case) -> list[dict[str, float]]:
-            return [found[case, name, seed] for seed in range(options.seeds)]
-
-        rows += [summary(case, name, runs(name)) for name in options.variants]
-        if cells:
-            tuned = min((summary(case, name, runs(name)) for name in cells), key=_objective)
-            searched = sum(r["seconds"] for name in cells for r in runs(name)) / options.seeds
-            tuned["method"] = f"best of {len(cells)} fixed: {tuned['method']}"
-            rows.append(tuned | {"search seconds": searched})
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    write(options.name, [{name: row.get(name, "") for name in names} for row in rows])
-
-
-def _objective(row: dict[str, Any]) -> float:
-    return float(row["objective"])
+        found = list(pool.map(run, jobs))
+    write(
+        options.name,
+        [
+            summary(*jobs[i][:2], found[i : i + options.seeds])
+            for i in range(0, len(jobs), options.seeds)
+        ],
+    )

@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 
 import bilevel
 from tasks.data import load
+from tasks.data.tables import load_table
+from tasks.quadratic import Quadratic
+from tasks.regularization import Regularization
 
 
 @dataclass
@@ -161,10 +166,10 @@ def quadratic(seed: int, condition: float = 10.0, size: int = 64) -> Case:
     return Case(outer, inner, zeros, zeros.clone(), objective, data)
 
 
-def distillation(seed: int, size: int = 256, decay: float = 1e-3) -> Case:
-    """Ten learned images; a ridge-regularised logistic regression trained on them."""
+def distillation(seed: int, size: int = 256, images: int = 10, decay: float = 1e-3) -> Case:
+    """Learned images; a ridge-regularised logistic regression trained on them."""
     train, _ = digits()
-    labels = torch.arange(10)
+    labels = torch.arange(images) % 10
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits(y, x), labels) + decay / 2 * (y * y).sum()
@@ -176,7 +181,7 @@ def distillation(seed: int, size: int = 256, decay: float = 1e-3) -> Case:
         y = solved(lambda y: inner(x, y), torch.zeros(65, 10))
         return float(outer(x, y, train))
 
-    start = torch.rand(10, 64, generator=torch.Generator().manual_seed(seed))
+    start = torch.rand(images, 64, generator=torch.Generator().manual_seed(seed))
     return Case(
         outer,
         inner,
@@ -242,6 +247,34 @@ def cleaning(seed: int, size: int = 100, corrupted: float = 0.5, decay: float = 
     return Case(outer, inner, torch.zeros(n), torch.zeros(65, 10), objective, data)
 
 
+def regularization(seed: int, name: str = "breast-cancer", size: int | None = None) -> Case:
+    """A penalty per feature of a logistic regression: the task of this name."""
+    options = Namespace(batch=size, seed=seed, inner_steps=10)
+    table = load_table(name, seed=seed)
+    task = Regularization(table, options)
+
+    def objective(x: Tensor) -> float:
+        return task.measure(x, task.y)["validation_loss"]
+
+    data = {"outer_data": task.feed(table.validation), "inner_data": task.feed(table.train)}
+    return Case(task.outer, task.inner, task.x, task.y, objective, data)
+
+
+def exact(seed: int, condition: float) -> Case:
+    """Random quadratics without noise: the task of this name."""
+    task = Quadratic(
+        Namespace(outer_dim=20, inner_dim=40, samples=1000, condition=condition, seed=seed,
+                  device="cpu")
+    )  # fmt: skip
+
+    def objective(x: Tensor) -> float:
+        return float(task.value(x))
+
+    outer = partial(task.outer, rows=task.outer_rows)
+    inner = partial(task.inner, rows=task.inner_rows)
+    return Case(outer, inner, task.x, task.y, objective)
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "ridge, condition 1e2": ridge,
     "ridge, condition 1e4": lambda seed: ridge(seed, 1e4),
@@ -250,4 +283,10 @@ CASES: dict[str, Callable[[int], Case]] = {
     "distillation, batch 64": lambda seed: distillation(seed, 64),
     "hyper-representation": representation,
     "data cleaning": cleaning,
+    "data cleaning, 90 % wrong": lambda seed: cleaning(seed, corrupted=0.9),
+    "distillation, 100 images": lambda seed: distillation(seed, images=100),
+    "regularization, breast-cancer": regularization,
+    "regularization, ijcnn1-like": lambda seed: regularization(seed, "ijcnn1-like", 256),
+    "quadratic, condition 1e2": lambda seed: exact(seed, 1e2),
+    "quadratic, condition 1e4": lambda seed: exact(seed, 1e4),
 }

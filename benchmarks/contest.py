@@ -23,11 +23,7 @@ from benchmarks.rivals import RIVALS
 
 STEPS, INNER = 100, 10
 OURS = ("bisls-adam", "bisls-sgd", "bisps")
-SINGLE_LOOP = (
-    "soba",
-    "ma-soba",
-    "s-tfbo",
-)  # one inner step per iteration: they take INNER times as many
+SINGLE_LOOP = ("soba", "ma-soba", "s-tfbo")  # one inner step an iteration, INNER times as many
 FINALISTS = 3
 
 
@@ -44,6 +40,15 @@ class Cell(NamedTuple):
             return self.method
         falling = " falling" if self.decay else ""
         return f"{self.method} {self.outer:g} {self.inner:g}{falling}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """The cell that is written so."""
+        name, *steps = text.removesuffix(" falling").split()
+        return cls(name, *map(float, steps), decay=0.5 if text.endswith(" falling") else 0.0)
+
+    def fixed(self) -> bilevel.Method:
+        return bilevel.fixed(self.method, self.outer, self.inner, decay=self.decay)  # type: ignore[arg-type]
 
 
 def decades(low: int, high: int) -> list[float]:
@@ -82,8 +87,7 @@ def run(job: tuple[str, Cell, int]) -> dict[str, float]:
     if cell.method in OURS:
         return outcome(case, bilevel.loop.PRESETS[cell.method](), STEPS, INNER, seed)
     if cell.method not in RIVALS:
-        method = bilevel.fixed(cell.method, cell.outer, cell.inner, decay=cell.decay)  # type: ignore[arg-type]
-        return outcome(case, method, STEPS, INNER, seed)
+        return outcome(case, cell.fixed(), STEPS, INNER, seed)
     rival = RIVALS[cell.method]
     steps = {"outer_step": cell.outer, "inner_step": cell.inner} if rival.steps else {}
     count = STEPS * (INNER if cell.method in SINGLE_LOOP else 1)

@@ -1,0 +1,91 @@
+"""How soon the default is where the best tuned cell ends: seconds, gradients and products.
+
+Reads which cell is the best from the file that ``contest`` has written. Both run from the same
+seeds, one after the other; the objective is the true one, and its time is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bilevel
+from benchmarks.contest import INNER, STEPS, Cell
+from benchmarks.problems import CASES, Case
+from benchmarks.report import write
+
+Watched = list[tuple[float, bilevel.Record]]
+
+
+def watched(case: Case, method: bilevel.Method, seed: int) -> Watched:
+    """The true objective after each iteration, with its record."""
+    seen: Watched = []
+
+    def look(state: bilevel.State, record: bilevel.Record) -> None:
+        value = case.objective(state.x)
+        seen.append((value if math.isfinite(value) else math.inf, record))
+
+    bilevel.solve(
+        case.outer,
+        case.inner,
+        case.x,
+        case.y,
+        method=method,
+        steps=STEPS,
+        inner_steps=INNER,
+        seed=seed,
+        callback=look,
+        **case.data,
+    )
+    return seen
+
+
+def race(case: str, name: str, cell: Cell, seed: int) -> dict[str, float]:
+    """One seed; infinite where the default never gets there."""
+    tuned = watched(CASES[case](seed), cell.fixed(), seed)
+    ours = watched(CASES[case](seed), bilevel.loop.PRESETS[name](), seed)
+    target, last = tuned[-1]
+    there = next((record for value, record in ours if value <= target), None)
+    return {
+        "cell ends at": target,
+        "default ends at": ours[-1][0],
+        "cell's seconds": last.seconds,
+        "default's seconds": ours[-1][1].seconds,
+        "seconds to the cell's end": there.seconds if there else math.inf,
+        "iterations": there.k + 1 if there else math.inf,
+        "gradients and products": there.gradients + there.hessian_products if there else math.inf,
+        "those of the cell": last.gradients + last.hessian_products,
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", help="default: all of the file")
+    parser.add_argument("--method", default="bisls-adam")
+    parser.add_argument("--contest", type=Path, default=Path("docs/measured/contest.json"))
+    parser.add_argument("--name", default="race", help="of the file that is written")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if not options.contest.exists():
+        parser.error(f"{options.contest} is missing; run python -m benchmarks contest first")
+    rows: list[dict[str, Any]] = []
+    for row in json.loads(options.contest.read_text())["rows"]:
+        cell = Cell.parse(row["method"])
+        if cell.method not in ("adam", "sgd") or row["problem"] not in (
+            options.cases or [row["problem"]]
+        ):
+            continue
+        runs = [race(row["problem"], options.method, cell, seed) for seed in range(options.seeds)]
+        medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        faster = medians["cell's seconds"] / medians["seconds to the cell's end"]
+        rows.append(
+            {"problem": row["problem"], "cell": str(cell), **medians, "times faster": faster}
+        )
+        write(options.name, rows)  # what is finished is kept

@@ -1,0 +1,67 @@
+"""The contest between the defaults and tuned cells is what it says, on a tiny budget."""
+
+import json
+
+import pytest
+import torch
+
+import bilevel
+from benchmarks import contest, race
+from benchmarks.contest import Cell
+from benchmarks.problems import CASES
+
+CASE = "ridge, condition 1e2"
+
+
+def test_cells_are_read_back():
+    cells = [*contest.tuned(), *contest.rivals()]
+    assert len(contest.tuned()) == 7 * 7 * 2 * 2 == len(set(contest.tuned()))
+    for cell in cells:
+        assert str(Cell.parse(str(cell))) == str(cell)
+        assert Cell.parse(str(cell)).decay == cell.decay
+
+
+def test_contest_and_race(monkeypatch, tmp_path, capsys):
+    """The best cell on seed 0 is reported, with the mean of the true objectives over the seeds."""
+    monkeypatch.chdir(tmp_path)
+    for module in (contest, race):
+        monkeypatch.setattr(module, "STEPS", 4)
+    cells = [Cell("adam", 0.1, 0.1), Cell("sgd", 1e-5, 0.1), Cell("adam", 0.1, 100.0, 0.5)]
+    groups = [cells, [Cell("soba", 0.1, 0.1)]]
+    with Serial() as pool:
+        rows = contest.contest(pool, CASE, 2, groups)
+    assert [row["method"] for row in rows] == [*contest.OURS, str(cells[0]), "soba 0.1 0.1"]
+
+    def end(method, seed):
+        case = CASES[CASE](seed)
+        found = bilevel.solve(
+            case.outer, case.inner, case.x, case.y, method=method, steps=4, seed=seed
+        )
+        return case.objective(found.x)
+
+    for row, make in ((rows[0], lambda: "bisls-adam"), (rows[3], cells[0].fixed)):
+        ends = [end(make(), seed) for seed in range(2)]
+        assert row["objective"] == pytest.approx(sum(ends) / 2, rel=1e-12)
+        assert (row["best seed"], row["worst seed"]) == (min(ends), max(ends))
+    assert rows[3]["grid"] == 3 and rows[3]["grid seconds"] >= rows[3]["seconds"]
+
+    contest.write("contest", rows)
+    threads = torch.get_num_threads()
+    race.main(["--seeds", "1"])
+    torch.set_num_threads(threads)
+    (row,) = json.loads((tmp_path / "docs/measured/race.json").read_text())["rows"]
+    assert row["cell ends at"] == end(cells[0].fixed(), 0)
+    assert row["default ends at"] == end("bisls-adam", 0)
+
+
+class Serial:
+    """A pool of no processes, so that what is patched is seen."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, function, jobs):
+        return map(function, jobs)

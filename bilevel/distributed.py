@@ -223,6 +223,7 @@ class AveragedOracle(Oracle):
     def __init__(self, local: Oracle) -> None:
         self._local = local
         self.problem, self.x, self.y = local.problem, local.x, local.y
+        self._batched = local._batched
         self.ranks = Ranks(local.y.device)
 
     @property
@@ -235,9 +236,6 @@ class AveragedOracle(Oracle):
 
     def _scalar(self, like: Tensor) -> Tensor:
         return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
-
-    def require_data(self, **missing: bool) -> None:
-        self._local.require_data(**missing)
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         like = [self._scalar(y)]

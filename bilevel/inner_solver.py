@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.problem import Draw, Oracle
+from bilevel.require import shown
 
 
 class OptimizerSolver:
@@ -24,12 +25,21 @@ class OptimizerSolver:
             zeros = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
             self.parameters = [nn.Parameter(part.clone()) for part in layout.parts(zeros)]
         made = factory(self.parameters)
-        self.optimizer, self.scheduler = made if isinstance(made, tuple) else (made, None)
+        self.scheduler: Any
+        paired = isinstance(made, tuple) and len(made) == 2
+        self.optimizer, self.scheduler = made if paired else (made, None)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"inner_solver returned {self.optimizer!r}; a function of one argument must make "
-                f"a torch.optim.Optimizer of the parameters it is given, or a pair of an "
-                f"optimizer and a scheduler. A solver of your own takes (x, y, batches)."
+                f"inner_solver returned {shown(made)}; return a torch.optim.Optimizer of the "
+                f"parameters that the function is given, or a pair of an optimizer and a "
+                f"scheduler. A solver of your own takes (x, y, batches)."
+            )
+        own = set(map(id, self.parameters))
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not stepped <= own:
+            raise ValueError(
+                f"inner_solver made an optimizer of {len(stepped - own)} tensors that are not "
+                f"among the {len(own)} parameters it was given; pass it those."
             )
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -166,8 +167,11 @@ class Ranks:
     # -- failure -----------------------------------------------------------------------------------
 
     def _collect(self, collective: Callable[..., Any], *args: Any) -> None:
+        # NCCL moves objects by way of the present GPU, which need not be that of the variables
+        on_gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
-            collective(*args)
+            with on_gpu:
+                collective(*args)
         except RuntimeError as error:
             raise LostRank(
                 f"rank {self.rank} of {self.size} lost the others: one has died, hangs, or raised "

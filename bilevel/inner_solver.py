@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from bilevel.require import shown
 
 
 class OptimizerSolver:
-    """A torch optimizer that takes the inner steps; its state goes on from call to call."""
+    """A torch optimizer that takes the inner steps."""
 
     def __init__(self, factory: Callable[..., Any], oracle: Oracle) -> None:
         layout = oracle.y
@@ -95,15 +96,14 @@ def run_solver(
     x: Tensor,
     y: Tensor,
     draws: Sequence[Draw],
-    state: OptimizerSolver | dict[str, Any] | None,
-) -> tuple[Tensor, OptimizerSolver | None]:
-    """y after the user's solver, and its state; a dict is a state that was saved."""
+    state: dict[str, Any] | None,
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """y after the user's solver, and the solver's new state; the old one is not modified."""
     if makes_optimizer(solver):
-        if not isinstance(state, OptimizerSolver):
-            saved, state = state, OptimizerSolver(solver, oracle)
-            if saved is not None:
-                state.load_state_dict(saved)
-        return state.run(oracle, x, y, draws), state
+        made = OptimizerSolver(solver, oracle)
+        if state is not None:
+            made.load_state_dict(copy.deepcopy(state))  # an optimizer steps its state in place
+        return made.run(oracle, x, y, draws), made.state_dict()
     X, Y = oracle.x.export(x), oracle.y.export(y)
 
     def solved() -> Tensor:

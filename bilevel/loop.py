@@ -144,14 +144,13 @@ def solve(
     saver.note(state, history)
     saver.prepare()
     batches = None
-    if state.k == 0 and steps > 0:
-        batches = ranks.read(source.next)
-        feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
-        state = replace(state, vectors=(feasible, start), cost=oracle.cost)
-
     reason = f"all {steps} steps were taken"
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
+        if state.k == 0 and steps > 0:
+            batches = ranks.read(source.next)
+            feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
+            state = replace(state, vectors=(feasible, start), cost=oracle.cost)
         while state.k < steps:
             if not warm_start:
                 state = replace(state, vectors=(state.vectors[0], start))

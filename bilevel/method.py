@@ -184,6 +184,8 @@ class Method:
         average_value = average.value(oracle, outer) if average else h.value
 
         inner_value = h.inner_value if h.inner_value is not None else inner.value
+        if self.inner_solver is None:
+            inner_value = inner_value + 0 * inner.value
         numbers = torch.stack(
             [
                 torch.as_tensor(number, dtype=torch.float64, device=x.device)
@@ -257,6 +259,7 @@ class Method:
         keep, window = self.hypergradient.keep, self.hypergradient.window
         first_kept = 0 if window is None else max(0, len(draws) - window)
         path: list[InnerStep] = []
+        spoiled: float | Tensor = 0.0
         for t, draw in enumerate(draws):
             kept = keep != "nothing" and t >= first_kept
             graph = oracle.record(x, y, draw) if kept and keep == "graphs" else None
@@ -269,7 +272,8 @@ class Method:
             if kept:
                 path.append(InnerStep(y, draw, move.size, graph))
             y = y - move.size * gy
-            out.value, out.size, out.last = value, move.size, move.last
+            spoiled = spoiled + 0 * value  # NaN from the first loss on that is not finite
+            out.value, out.size, out.last = value + spoiled, move.size, move.last
             out.trials += move.trials
             out.failures += move.failed
         return y, path, out
@@ -289,6 +293,8 @@ def _failure(
     ):
         if not math.isfinite(number):
             return f"{what} is {number}"
+    if move.failed and not move.trials:
+        return "the slope of the outer line search is not finite"
     if move.failed:
         return f"the outer line search found no acceptable step in {move.trials} trials"
     if not finite:

@@ -319,8 +319,8 @@ def _total(parts: tuple[Tensor, ...], home: torch.device) -> Tensor:
 
 def _scalar(value: Scalar, name: str, home: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
-        if hasattr(value, "item") and getattr(value, "shape", None) == ():
-            value = value.item()  # NumPy's
+        if getattr(value, "shape", None) == ():  # NumPy's
+            value = cast(Any, value).item()
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(
                 f"{name}={require.shown(value)} is {require.kind(value)}. Pass a number, or a "

@@ -109,6 +109,8 @@ def same(a, b):
 
 
 def main(kills, folder):
+    import sympy  # noqa: F401  torch would import it in every fork
+
     assert not any(folder.iterdir()), "an old checkpoint would be resumed"
     torch.set_num_threads(1)
     moments = random.Random(kills)

@@ -11,7 +11,6 @@ import tracemalloc
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import bilevel
 from benchmarks.problems import Shuffled
@@ -65,37 +64,42 @@ def growth(samples: list[Sample], what: str) -> float:
 
 
 def soak(method: Any, steps: int, every: int) -> list[Sample]:
-    """A penalty per feature of a logistic regression, on small noisy batches."""
+    """A penalty per feature of a noisy ridge regression, kept near its prior, on small batches."""
     torch.manual_seed(0)
-    inputs = torch.randn(400, 10)
-    labels = (inputs[:, :3].sum(1) + torch.randn(400) > 0).long()
+    inputs = torch.randn(400, 4, dtype=torch.float64)
+    targets = inputs[:, 0] + torch.randn(400, dtype=torch.float64)
     samples: list[Sample] = []
     watch = [time.perf_counter()]
 
     def loss(x: torch.Tensor, y: torch.Tensor, batch: Any) -> torch.Tensor:
-        return F.cross_entropy(batch[0] @ y, batch[1])
+        return (batch[0] @ y - batch[1]).square().mean()
+
+    def outer(x: torch.Tensor, y: torch.Tensor, batch: Any) -> torch.Tensor:
+        return loss(x, y, batch) + 0.1 * (x * x).sum()
 
     def inner(x: torch.Tensor, y: torch.Tensor, batch: Any) -> torch.Tensor:
-        return loss(x, y, batch) + (x.exp()[:, None] * y**2).sum()
+        return loss(x, y, batch) + (x.exp() * y**2).sum()
 
     def look(state: bilevel.State, record: bilevel.Record) -> None:
         if (record.k + 1) % every == 0:
             samples.append(sample(record.k + 1, watch))
 
-    bilevel.solve(
-        loss,
+    result = bilevel.solve(
+        outer,
         inner,
-        torch.full((10,), -3.0),
-        torch.zeros(10, 2),
-        outer_data=Shuffled(inputs[:200], labels[:200], size=20),
-        inner_data=Shuffled(inputs[200:], labels[200:], size=20),
+        torch.full((4,), -1.0, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.float64),
+        outer_data=Shuffled(inputs[:200], targets[:200], size=20),
+        inner_data=Shuffled(inputs[200:], targets[200:], size=20),
         method=method,
         steps=steps,
-        inner_steps=3,
+        inner_steps=1,
         callback=look,
         progress=False,
         seed=0,
     )
+    if len(result.history) < steps:
+        raise RuntimeError(f"the run ended before its time: {result.reason}")
     return samples
 
 

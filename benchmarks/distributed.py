@@ -23,8 +23,8 @@ SIZES = (1, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22)  # float32 numbers in a
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=256, help="rows, over all processes")
-    parser.add_argument("--steps", type=int, default=2, help="outer iterations of a run")
+    parser.add_argument("--batch", type=int, default=1024, help="rows, over all processes")
+    parser.add_argument("--steps", type=int, default=1, help="outer iterations of a run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=["throughput", "collectives"])
     options = parser.parse_args(argv)

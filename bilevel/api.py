@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel import require
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import (
+    HYPERGRADIENTS,
     Estimate,
     FiniteDifference,
     Hypergradient,
@@ -90,17 +92,21 @@ def hypergradient(
 
     Reference: Lorraine et al. 2020 for the implicit form; Ji et al. 2021 for its analysis.
     """
-    if not hasattr(method, "estimate"):
-        raise TypeError(
-            f"method={method!r} ({type(method).__name__}) is not a hypergradient; wrap a linear "
-            f"solver as bilevel.Implicit(solver), or use Unrolled() or FiniteDifference()."
-        )
+    require.made_by("", "method", method, "estimate", "a hypergradient", HYPERGRADIENTS)
+    batches: Sequence[Any] = [inner_batch]
+    if inner_batches is not None:
+        batches = inner_batches
+        require.several("", "inner_batches", batches)
+        if inner_batch is not None:
+            raise ValueError(
+                "inner_batch was given together with inner_batches, which replaces it; give one."
+            )
     layouts = Layout(x, "x"), Layout(y, "y")
     oracle = make_oracle(Problem(outer, inner), *layouts)
     X, Y = Ranks(layouts[1].device).start(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
-    batches = [inner_batch] if inner_batches is None else list(inner_batches)
+    oracle.require_data(outer_batch, batches[0], "{}_batch", "{}_batch=batch")
     with sdpa_kernel(SDPBackend.MATH):
-        validated(oracle, X, Y, outer_batch, batches[0])
+        validated(oracle, X, Y, outer_batch, batches[0], "{}_batch")
         oracle.cost = Cost()
         found = _estimate(oracle, X, Y, outer_batch, batches, method)
     solver = getattr(method, "solver", None)
@@ -213,14 +219,23 @@ def check(
     Returns:
         A :class:`Check`, which prints as a table.
     """
-    if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"directions={directions!r} must be a whole number of at least 1.")
+    require.whole("", "directions", directions)
+    require.whole("", "seed", seed, least=None)
+    if not isinstance(methods, list | tuple) or not methods:
+        raise TypeError(
+            f"methods={require.shown(methods)} is {require.kind(methods)} of no method. Give a "
+            f"list such as [bilevel.Implicit(bilevel.Neumann())]."
+        )
+    for i, method in enumerate(methods):
+        name = f"methods[{i}]"
+        require.made_by("", name, method, "estimate", "a hypergradient", HYPERGRADIENTS)
     layouts = Layout(x, "x"), Layout(y, "y")
     oracle = make_oracle(Problem(outer, inner), *layouts)
     X, Y = layouts[0].flatten(x), layouts[1].flatten(y)
     generator = torch.Generator().manual_seed(seed)
+    oracle.require_data(outer_batch, inner_batch, "{}_batch", "{}_batch=batch")
     with sdpa_kernel(SDPBackend.MATH):
-        validated(oracle, X, Y, outer_batch, inner_batch)
+        validated(oracle, X, Y, outer_batch, inner_batch, "{}_batch")
         D = torch.randn(directions, X.numel(), generator=generator, dtype=torch.float64)
         if X.numel() <= directions:
             D = torch.eye(X.numel(), dtype=torch.float64)

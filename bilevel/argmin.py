@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import require
+from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import ConjugateGradient, Solver
+from bilevel.linear import ConjugateGradient, Solver, solved
+from bilevel.require import shown
 
 
 def implicit(
@@ -33,7 +36,8 @@ def implicit(
         and ``jacrev`` through it, and ``vmap`` where ``argmin`` itself can be mapped.
 
     Raises:
-        TypeError: x or the argmin is no tree of floating tensors.
+        TypeError, ValueError: x or the argmin is no tree of floating tensors; an inner loss that
+            is no scalar (in ``backward()``); what is no function or solver.
 
     Example:
         >>> import torch, bilevel
@@ -47,7 +51,13 @@ def implicit(
     Reference: Blondel et al. 2022, eq. (4), for the seam; the rule itself is classical.
     """
 
-    def solved(x: Any, *args: Any) -> Any:
+    require.function("implicit", "inner", inner, "a function(x, y, ...)")
+    require.function("implicit", "argmin", argmin, "a function(x, ...)")
+    Implicit(solver)  # says what is no solver
+
+    def differentiable(x: Any, *args: Any) -> Any:
+        require.function("implicit", "inner", inner, "a function(x, y, ...)", 2 + len(args))
+        require.function("implicit", "argmin", argmin, "a function(x, ...)", 1 + len(args))
         parts = [leaf for _, leaf in _checked(x, "x")]
         structure: list[Any] = []
 
@@ -58,25 +68,44 @@ def implicit(
 
         def gradient(xs: tuple[Tensor, ...], ys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             def loss(ys: tuple[Tensor, ...]) -> Tensor:
-                return inner(rebuild(x, iter(xs)), rebuild(structure[0], iter(ys)), *args)
+                value = inner(rebuild(x, iter(xs)), rebuild(structure[0], iter(ys)), *args)
+                return _require_scalar(value)
 
             return torch.func.grad(loss)(ys)
 
         ys = _Argmin.apply(forward, gradient, solver, *parts)
         return rebuild(structure[0], iter(ys))
 
-    return solved
+    return differentiable
+
+
+def _require_scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+        got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else shown(value)
+        raise TypeError(
+            f"inner returned {got}, but must return a floating 0-dim tensor; reduce it with "
+            f".mean() or .sum()."
+        )
+    return value
 
 
 def _checked(tree: Any, name: str) -> list[tuple[str, Tensor]]:
     found = list(leaves(tree, name))
+    if not found:
+        raise ValueError(f"{name} = {shown(tree)} holds no tensor; give it one at least.")
     for path, leaf in found:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(
-                f"{path} is {kind}, but must be a floating tensor to be differentiated; pass what "
-                f"is not to be differentiated as a further argument."
-            )
+        if not isinstance(leaf, Tensor):
+            wrong: Any = type(leaf).__name__
+        elif leaf.layout != torch.strided:
+            wrong = leaf.layout
+        elif not leaf.is_floating_point():
+            wrong = leaf.dtype
+        else:
+            continue
+        raise TypeError(
+            f"{path} is {wrong}, but must be a dense floating tensor to be differentiated; pass "
+            f"what is not to be differentiated as a further argument."
+        )
     return found
 
 
@@ -109,5 +138,5 @@ class _Argmin(torch.autograd.Function):
             return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
         pullback = torch.func.vjp(ctx.gradient, xs, ys)[1]
-        q = ctx.solver(lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents), None)
+        q = solved(ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents))
         return None, None, None, *(-part for part in pullback(unflat(q))[0])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import glob
 import os
 import tempfile
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,20 +41,26 @@ def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = Fal
         if keep and path.exists():
             os.replace(path, f"{path}.old")
         os.replace(name, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch's own, where a write falls short
+        raise _unwritten(path, error, "make room for it") from error
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
+
+
+def _unwritten(path: Path, error: Exception, instead: str) -> OSError:
+    return OSError(
+        f"cannot write a checkpoint to {path}: {error}; {instead}. What was there before is still "
+        f"there"
+    )
 
 
 def _temporary(path: Path) -> tuple[int, str]:
     """A new file beside ``path``."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        return tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     except OSError as error:
-        raise OSError(
-            f"cannot write a checkpoint to {path}: {error}; choose a folder that can be written."
-        ) from error
+        raise _unwritten(path, error, "choose a folder that can be written") from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -108,9 +115,12 @@ class Saver:
 
         def attempt() -> None:
             if self.path is not None:
-                handle, name = _temporary(Path(self.path))
+                path = Path(self.path)
+                handle, name = _temporary(path)
                 os.close(handle)
                 os.unlink(name)
+                for left in path.parent.glob(f"{glob.escape(path.name)}.{'?' * 8}.tmp"):
+                    left.unlink(missing_ok=True)  # of a run that was killed while it wrote
 
         self.ranks.first(attempt)
 
@@ -118,8 +128,6 @@ class Saver:
         """The point to go on from; before the batches of the next iteration are drawn."""
         self._vectors = state.vectors
         if self.path is not None:
-            if hasattr(state.solver, "state_dict"):  # an optimizer, which changes in place
-                state = replace(state, solver=copy.deepcopy(state.solver.state_dict()))
             position, generators = self.source.state_dict(), all_generators(self.device)
             self._noted = state, history, len(history), position, generators
 
@@ -136,7 +144,11 @@ class Saver:
                     content["others"] = parts[1:]
                 save(self.path, content, keep=not self._continues)  # the checkpoint of another run
 
-            self.ranks.first(put)
+            try:
+                self.ranks.first(put)
+            except OSError as error:  # the work in memory is worth more than its copy
+                warnings.warn(f"{error}; the run goes on without it.", RuntimeWarning, stacklevel=3)
+                return
             self._continues = True
 
     def restore(self, state: State) -> tuple[State, list[Record]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.require import shown
+
 
 class Cycle:
     """The batches of ``data`` again and again; a new pass calls ``iter(data)`` anew.
@@ -24,12 +26,12 @@ class Cycle:
     """
 
     def __init__(self, data: Any, name: str) -> None:
-        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        if isinstance(data, type) or not hasattr(data, "__iter__") | hasattr(data, "__getitem__"):
             raise TypeError(
-                f"{name} is {data!r} ({type(data).__name__}), which cannot be iterated over; "
+                f"{name} is {shown(data)} ({type(data).__name__}), which cannot be iterated over; "
                 f"pass a DataLoader or a list of batches."
             )
-        if isinstance(data, Tensor | dict | str):
+        if isinstance(data, dict | str | bytes) or hasattr(data, "__array__"):  # a Tensor has it
             raise TypeError(
                 f"{name} is a {type(data).__name__}, which is one batch rather than a series of "
                 f"batches; pass [batch], or a DataLoader."
@@ -44,11 +46,11 @@ class Cycle:
         self._position = 0
         self._passes = 0  # begun so far
         self._start: dict[str, Tensor] = {}
-        self._single = data[0] if isinstance(data, list | tuple) and len(data) == 1 else None
+        self._one = isinstance(data, list | tuple) and len(data) == 1  # stays at its start
 
     def next(self) -> Any:
-        if self._single is not None:
-            return self._single
+        if self._one:
+            return self._checked(self.data[0])
         if self._iterator is None:
             self._begin()
         assert self._iterator is not None
@@ -63,6 +65,14 @@ class Cycle:
             self._begin()
             return self.next()
         self._position += 1
+        return self._checked(batch)
+
+    def _checked(self, batch: Any) -> Any:
+        if batch is None:
+            raise TypeError(
+                f"{self.name} gave None as a batch, which stands for no batch at all; give "
+                f"something else, or pass {self.name}=None and write a loss without a batch."
+            )
         return batch
 
     def take(self, count: int) -> list[Any]:

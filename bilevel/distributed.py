@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -166,8 +167,11 @@ class Ranks:
     # -- failure -----------------------------------------------------------------------------------
 
     def _collect(self, collective: Callable[..., Any], *args: Any) -> None:
+        # NCCL moves objects by way of the present GPU, which need not be that of the variables
+        on_gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
-            collective(*args)
+            with on_gpu:
+                collective(*args)
         except RuntimeError as error:
             raise LostRank(
                 f"rank {self.rank} of {self.size} lost the others: one has died, hangs, or raised "
@@ -223,6 +227,7 @@ class AveragedOracle(Oracle):
     def __init__(self, local: Oracle) -> None:
         self._local = local
         self.problem, self.x, self.y = local.problem, local.x, local.y
+        self._batched = local._batched
         self.ranks = Ranks(local.y.device)
 
     @property
@@ -235,9 +240,6 @@ class AveragedOracle(Oracle):
 
     def _scalar(self, like: Tensor) -> Tensor:
         return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
-
-    def require_data(self, **missing: bool) -> None:
-        self._local.require_data(**missing)
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         like = [self._scalar(y)]

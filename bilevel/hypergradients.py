@@ -17,13 +17,17 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bilevel.linear import Neumann, Solver, _require_count, _require_step, curvature
+from bilevel import require
+from bilevel.linear import PRODUCTS, Neumann, Solver, curvature, solved
 from bilevel.problem import Draw, Oracle, Products
 
 # (t, x + t d) -> y(t), or None where that is not to be had
 Follow = Callable[[float, Tensor], "Tensor | None"]
 # along a direction d of x: the slope of f(x + t d, y(t)) at t = 0, and y(t)
 Respond = Callable[[Tensor], tuple[Tensor, Follow]]
+
+
+HYPERGRADIENTS = "a linear solver as bilevel.Implicit(solver), or Unrolled() or FiniteDifference()"
 
 
 class InnerStep(NamedTuple):
@@ -103,6 +107,11 @@ class Implicit:
     keep: Literal["nothing"] = field(default="nothing", init=False, repr=False)
     window: None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        examples = "bilevel.ConjugateGradient(), Neumann(), Nystrom(), Identity() or a function"
+        what = "a solver(product, b, q0)"
+        require.made_by(type(self).__name__, "solver", self.solver, "__call__", what, examples)
+
     @property
     def batches(self) -> int:
         return getattr(self.solver, "batches", 1)
@@ -132,7 +141,8 @@ class Implicit:
                 others[j] = self._pullback(oracle, x, y, inner[j % len(inner)])
             return others[j].product(u)
 
-        q = self.solver(product, fy, q0 if getattr(self.solver, "warm_start", False) else None)
+        guess = q0 if getattr(self.solver, "warm_start", False) else None
+        q = solved(self.solver, product, fy, guess)
         gxy_q, gyy_q = pull.both(q)
         norm = torch.linalg.vector_norm(fy)
         error = torch.linalg.vector_norm(gyy_q - fy)
@@ -142,7 +152,7 @@ class Implicit:
 
         def respond(d: Tensor) -> tuple[Tensor, Follow]:
             c = -pull.forward(d)
-            w = self.solver(product, c, None)
+            w = solved(self.solver, product, c)
             # <f_y, w> and <q, c> are the same number but for the errors of the two solves; the
             # smallest change of w, in the norm of g_yy, that makes them agree lies along q
             w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
@@ -182,11 +192,10 @@ class FiniteDifference(Implicit):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        if self.eps is not None and not 0 < self.eps < 1:
-            raise ValueError(
-                f"FiniteDifference(eps={self.eps!r}): the relative displacement must lie in "
-                f"(0, 1); leave it out to have the cube root of the machine precision."
-            )
+        super().__post_init__()
+        if self.eps is not None:
+            hint = ", a relative displacement, or None for the cube root of the machine precision"
+            require.number("FiniteDifference", "eps", self.eps, "(0, 1)", hint)
 
     def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Products:
         eps = self.eps or torch.finfo(y.dtype).eps ** (1 / 3)
@@ -249,8 +258,9 @@ class Unrolled:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            _require_count("Unrolled", "window", self.window)
-        _require_step("Unrolled", self.step)
+            require.whole("Unrolled", "window", self.window, hint=PRODUCTS)
+        require.flag("Unrolled", "recompute", self.recompute)
+        require.step("Unrolled", self.step)
 
     @property
     def keep(self) -> Literal["points", "graphs"]:

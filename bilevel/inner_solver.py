@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.problem import Draw, Oracle
+from bilevel.require import shown
 
 
 class OptimizerSolver:
-    """A torch optimizer that takes the inner steps; its state goes on from call to call."""
+    """A torch optimizer that takes the inner steps."""
 
     def __init__(self, factory: Callable[..., Any], oracle: Oracle) -> None:
         layout = oracle.y
@@ -24,12 +26,21 @@ class OptimizerSolver:
             zeros = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
             self.parameters = [nn.Parameter(part.clone()) for part in layout.parts(zeros)]
         made = factory(self.parameters)
-        self.optimizer, self.scheduler = made if isinstance(made, tuple) else (made, None)
+        self.scheduler: Any
+        paired = isinstance(made, tuple) and len(made) == 2
+        self.optimizer, self.scheduler = made if paired else (made, None)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"inner_solver returned {self.optimizer!r}; a function of one argument must make "
-                f"a torch.optim.Optimizer of the parameters it is given, or a pair of an "
-                f"optimizer and a scheduler. A solver of your own takes (x, y, batches)."
+                f"inner_solver returned {shown(made)}; return a torch.optim.Optimizer of the "
+                f"parameters that the function is given, or a pair of an optimizer and a "
+                f"scheduler. A solver of your own takes (x, y, batches)."
+            )
+        own = set(map(id, self.parameters))
+        stepped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not stepped <= own:
+            raise ValueError(
+                f"inner_solver made an optimizer of {len(stepped - own)} tensors that are not "
+                f"among the {len(own)} parameters it was given; pass it those."
             )
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -85,15 +96,14 @@ def run_solver(
     x: Tensor,
     y: Tensor,
     draws: Sequence[Draw],
-    state: OptimizerSolver | dict[str, Any] | None,
-) -> tuple[Tensor, OptimizerSolver | None]:
-    """y after the user's solver, and its state; a dict is a state that was saved."""
+    state: dict[str, Any] | None,
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """y after the user's solver, and the solver's new state; the old one is not modified."""
     if makes_optimizer(solver):
-        if not isinstance(state, OptimizerSolver):
-            saved, state = state, OptimizerSolver(solver, oracle)
-            if saved is not None:
-                state.load_state_dict(saved)
-        return state.run(oracle, x, y, draws), state
+        made = OptimizerSolver(solver, oracle)
+        if state is not None:
+            made.load_state_dict(copy.deepcopy(state))  # an optimizer steps its state in place
+        return made.run(oracle, x, y, draws), made.state_dict()
     X, Y = oracle.x.export(x), oracle.y.export(y)
 
     def solved() -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.require import shown, told
+
 Variable = Any  # a tensor, a nest of dict / list / tuple of tensors, or an nn.Module
 
 
@@ -85,7 +87,7 @@ class Layout:
         self.sizes = [leaf.numel() for _, leaf in found]
         if sum(self.sizes) == 0:
             raise ValueError(
-                f"{name} = {value!r} holds no numbers, so there is nothing to optimise; "
+                f"{name} = {shown(value)} holds no numbers, so there is nothing to optimise; "
                 f"pass a tensor, a dict / list / tuple of tensors, or a Module."
             )
         devices = {leaf.device for _, leaf in found}
@@ -111,13 +113,16 @@ class Layout:
         if isinstance(value, nn.Module):
             value = {k: p for k, p in value.named_parameters() if p.requires_grad}
         found = list(leaves(value, self.name))
-        shapes = [getattr(leaf, "shape", None) for _, leaf in found]
+        for path, leaf in found:
+            _refuse_unfit(f"a value for {path}", leaf)
+        shapes = [leaf.shape for _, leaf in found]
         if [path for path, _ in found] != self.paths or shapes != self.shapes:
             want = ", ".join(f"{p}{tuple(s)}" for p, s in zip(self.paths, self.shapes, strict=True))
-            got = ", ".join(f"{p}{tuple(getattr(v, 'shape', ('?',)))}" for p, v in found)
-            raise ValueError(
+            got = ", ".join(f"{p}{tuple(v.shape)}" for p, v in found)
+            raise told(
+                ValueError,
                 f"a value for {self.name} has the structure {got}, but {self.name} has {want}; "
-                f"return tensors of the same structure and shapes."
+                f"return tensors of the same structure and shapes.",
             )
         parts = [leaf.detach().to(self.device, self.dtype).reshape(-1) for _, leaf in found]
         return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
@@ -147,17 +152,20 @@ class Layout:
 
 def _refuse_unfit(path: str, leaf: Any) -> None:
     if not isinstance(leaf, Tensor):
-        raise TypeError(
-            f"{path} is {leaf!r} ({type(leaf).__name__}), not a tensor; wrap numbers in "
-            f"torch.tensor(...), or let the loss close over what is not to be optimised."
+        raise told(
+            TypeError,
+            f"{path} is {shown(leaf)} ({type(leaf).__name__}), not a tensor; wrap numbers in "
+            f"torch.tensor(...), or let the loss close over what is not to be optimised.",
         )
     if not leaf.is_floating_point():
-        raise TypeError(
+        raise told(
+            TypeError,
             f"{path} has dtype {leaf.dtype}, which has no gradient; convert it with .float(), or "
-            f"let the loss close over it if it is not to be optimised."
+            f"let the loss close over it if it is not to be optimised.",
         )
     if leaf.layout != torch.strided:
-        raise TypeError(
+        raise told(
+            TypeError,
             f"{path} is a sparse tensor ({leaf.layout}), but variables are handled as one dense "
-            f"vector; convert it with .to_dense(), or optimise its values()."
+            f"vector; convert it with .to_dense(), or optimise its values().",
         )

@@ -8,7 +8,6 @@ made to wait; the hypergradient itself reports the true residual of whatever com
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,26 +15,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bilevel import require
 from bilevel.distributed import Ranks
 
 Product = Callable[..., Tensor]
 Solver = Callable[[Product, Tensor, "Tensor | None"], Tensor]
 
 
-def _require_count(owner: str, name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"{owner}({name}={value!r}): {name} counts products with the Hessian, so it must be "
-            f"a whole number of at least 1; try {name}=10."
-        )
+PRODUCTS = ", which counts products with the Hessian, such as 10"
 
 
-def _require_step(owner: str, step: float | str) -> None:
-    if step != "auto" and not (isinstance(step, int | float) and 0 < step < math.inf):
-        raise ValueError(
-            f"{owner}(step={step!r}): the step of the series must be a positive number below "
-            f"2 / (largest eigenvalue of g_yy); step='auto' finds a safe one on the batch at hand."
+def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+    """What the solver returns, if that can be a solution."""
+    q = solver(product, b, q0)
+    if not isinstance(q, Tensor) or q.shape != b.shape or q.dtype != b.dtype:
+        got = f"{tuple(q.shape)} of {q.dtype}" if isinstance(q, Tensor) else require.shown(q)
+        raise require.told(
+            TypeError,
+            f"the linear solver {require.shown(solver)} returned {got}, but the right side has "
+            f"shape {tuple(b.shape)} of {b.dtype}; return a q of that shape and type.",
         )
+    return q
 
 
 def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
@@ -105,8 +105,8 @@ class Neumann:
     step: float | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        _require_count("Neumann", "terms", self.terms)
-        _require_step("Neumann", self.step)
+        require.whole("Neumann", "terms", self.terms, hint=PRODUCTS)
+        require.step("Neumann", self.step)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         nu = _series_step(self.step, product, b)
@@ -153,12 +153,9 @@ class StochasticNeumann:
     form: Literal["sum", "random"] = "sum"
 
     def __post_init__(self) -> None:
-        _require_count("StochasticNeumann", "terms", self.terms)
-        _require_step("StochasticNeumann", self.step)
-        if self.form not in ("sum", "random"):
-            raise ValueError(
-                f"StochasticNeumann(form={self.form!r}): the form must be 'sum' or 'random'."
-            )
+        require.whole("StochasticNeumann", "terms", self.terms, hint=PRODUCTS)
+        require.step("StochasticNeumann", self.step)
+        require.choice("StochasticNeumann", "form", self.form, ("sum", "random"))
 
     @property
     def batches(self) -> int:
@@ -203,12 +200,10 @@ class ConjugateGradient:
     warm_start: bool = True
 
     def __post_init__(self) -> None:
-        _require_count("ConjugateGradient", "steps", self.steps)
-        if not 0 <= self.rtol < 1:
-            raise ValueError(
-                f"ConjugateGradient(rtol={self.rtol!r}): the relative residual must lie in "
-                f"[0, 1); use rtol=0 to take every step."
-            )
+        require.whole("ConjugateGradient", "steps", self.steps, hint=PRODUCTS)
+        hint = ", a relative residual; 0 takes every step"
+        require.number("ConjugateGradient", "rtol", self.rtol, "[0, 1)", hint)
+        require.flag("ConjugateGradient", "warm_start", self.warm_start)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         eps = torch.finfo(b.dtype).eps
@@ -262,12 +257,11 @@ class Nystrom:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_count("Nystrom", "rank", self.rank)
-        if self.damping is not None and not 0 <= self.damping < math.inf:
-            raise ValueError(
-                f"Nystrom(damping={self.damping!r}): the damping is added to the eigenvalues of "
-                f"g_yy, so it must be a number >= 0, or None to have it chosen."
-            )
+        require.whole("Nystrom", "rank", self.rank, hint=PRODUCTS)
+        if self.damping is not None:
+            hint = ", which is added to the eigenvalues of g_yy, or None to have it chosen"
+            require.number("Nystrom", "damping", self.damping, "[0, inf)", hint)
+        require.whole("Nystrom", "seed", self.seed, least=None)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         del q0

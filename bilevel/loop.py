@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from bilevel import checkpoint as files
+from bilevel import require
 from bilevel.data import Cycle
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
@@ -100,28 +100,39 @@ def solve(
     Reference: Fan et al. 2023 (arXiv 2305.18666).
     """
     method = _method(method)
-    _check_counts(steps, inner_steps, checkpoint_every, tol)
+    for name, count, least in (
+        ("steps", steps, 0),
+        ("inner_steps", inner_steps, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        require.whole("", name, count, least)
+    for name, value in (("warm_start", warm_start), ("resume", resume)):
+        require.flag("", name, value)
+    if progress is not None:
+        require.flag("", "progress", progress)
+    if tol is not None:
+        require.number("", "tol", tol, "[0, inf)", ", or None to take all steps")
+    if seed is not None:
+        require.whole("", "seed", seed, least=None)
+    if callback is not None:
+        require.function("", "callback", callback, "a function(state, record)", 2)
+    if checkpoint is not None:
+        require.path("checkpoint", checkpoint)
     if data is not None and (outer_data is not None or inner_data is not None):
         raise ValueError(
-            "data was given together with outer_data or inner_data; data replaces both: it "
-            "yields (outer_batch, inner_batch) pairs."
+            "data was given together with outer_data or inner_data, which it replaces: it yields "
+            "(outer_batch, inner_batch) pairs; leave out data, or the two."
         )
     if resume and checkpoint is None:
         raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
-    if seed is not None:
-        if not isinstance(seed, int):
-            raise TypeError(f"seed={seed!r} is a {type(seed).__name__}; pass a whole number.")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback={callback!r} cannot be called; pass a function(state, record).")
     problem = Problem(outer, inner, project, compile)
     state = method.init(x, y)
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:
         torch.manual_seed(seed + ranks.rank)
     oracle = make_oracle(problem, *state.layouts)
-    oracle.require_data(
-        outer=outer_data is None and data is None, inner=inner_data is None and data is None
-    )
+    if data is None:
+        oracle.require_data(outer_data, inner_data)
     source = _Source(outer_data, inner_data, data, inner_steps, method.hypergradient.batches)
     state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
@@ -133,14 +144,13 @@ def solve(
     saver.note(state, history)
     saver.prepare()
     batches = None
-    if state.k == 0 and steps > 0:
-        batches = ranks.read(source.next)
-        feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
-        state = replace(state, vectors=(feasible, start), cost=oracle.cost)
-
     reason = f"all {steps} steps were taken"
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
+        if state.k == 0 and steps > 0:
+            batches = ranks.read(source.next)
+            feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
+            state = replace(state, vectors=(feasible, start), cost=oracle.cost)
         while state.k < steps:
             if not warm_start:
                 state = replace(state, vectors=(state.vectors[0], start))
@@ -191,7 +201,19 @@ def _stops(
     ranks: Ranks, callback: Callable[[State, Record], bool | None], state: State, record: Record
 ) -> bool:
     """Whether the callback of any rank says so."""
-    return any(ranks.numbers(lambda: bool(callback(state, record))))
+
+    def said() -> bool:
+        answer: Any = callback(state, record)
+        if getattr(answer, "shape", None) == ():  # a comparison of tensors or NumPy scalars
+            answer = answer.item()
+        if answer is not None and not isinstance(answer, bool):
+            raise TypeError(
+                f"callback returned {require.shown(answer)} ({type(answer).__name__}), of which it "
+                f"is unclear whether to stop; return True to stop, False or None to go on."
+            )
+        return bool(answer)
+
+    return any(ranks.numbers(said))
 
 
 class _Source:
@@ -241,28 +263,11 @@ def _pair(pair: Any) -> tuple[Any, Any]:
 def _method(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
-    if isinstance(method, str) and method in PRESETS:
-        return PRESETS[method]()
-    names = ", ".join(repr(name) for name in PRESETS)
     if isinstance(method, str):
-        near = difflib.get_close_matches(method.lower(), PRESETS, n=2, cutoff=0.4)
-        hint = f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
-        raise ValueError(f"method={method!r} is not known{hint}; choose one of {names}.")
+        require.choice("", "method", method, list(PRESETS))
+        return PRESETS[method]()
+    names = ", ".join(map(repr, PRESETS))
     raise TypeError(
-        f"method={method!r} ({type(method).__name__}) is neither a name nor a method; choose one "
-        f"of {names}, or build one with bilevel.bisls(...), bisps(...) or fixed(...)."
+        f"method={require.shown(method)} is {require.kind(method)}, neither a name nor a method. "
+        f"Give one of {names}, or one built by bilevel.bisls(...), bisps(...) or fixed(...)."
     )
-
-
-def _check_counts(steps: int, inner_steps: int, every: int, tol: float | None) -> None:
-    for name, value, least in (
-        ("steps", steps, 0),
-        ("inner_steps", inner_steps, 1),
-        ("checkpoint_every", every, 1),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a whole number.")
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}.")
-    if tol is not None and not (isinstance(tol, int | float) and tol >= 0):
-        raise ValueError(f"tol={tol!r} must be a number >= 0, or None to take all steps.")

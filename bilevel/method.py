@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel import require
 from bilevel.average import Average
-from bilevel.hypergradients import Estimate, Hypergradient, InnerStep
+from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
+from bilevel.require import takes
 from bilevel.rules import (
     Adam,
     Line,
@@ -30,6 +32,11 @@ from bilevel.rules import (
 from bilevel.trials import Response, Trials
 
 LAG = 0.1  # of the outer gain: what y may be behind before it is corrected
+RULES = "one such as bilevel.rules.Armijo() or Fixed(step=0.1), or use bisls, bisps or fixed"
+SOLVERS = (
+    "a torch.optim.Optimizer class, a function(parameters) that makes one, or a function "
+    "solver(x, y, batches)"
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,20 @@ class Method:
     corrects: bool = True
 
     def __post_init__(self) -> None:
+        require.instance("Method", "name", self.name, str, "a string")
+        require.made_by(
+            "", "hypergradient", self.hypergradient, "estimate", "a hypergradient", HYPERGRADIENTS
+        )
+        require.function("Method", "direction", self.direction, "a function(g, moments)", 2)
+        for name in ("outer_rule", "inner_rule"):
+            rule = getattr(self, name)
+            require.made_by("Method", name, rule, "searches", "a rule of steps", RULES)
+        require.choice("Method", "response", self.response, get_args(Response))
+        for name in ("averages", "corrects"):
+            require.flag("Method", name, getattr(self, name))
+        if self.inner_solver is not None:
+            count = 1 if callable(self.inner_solver) and takes(self.inner_solver, 1) else 3
+            require.function("", "inner_solver", self.inner_solver, SOLVERS, count, classes=True)
         if self.inner_solver is not None and self.hypergradient.keep != "nothing":
             raise ValueError(
                 f"inner_solver with {self.hypergradient!r}: the steps of a solver of your own are "
@@ -121,9 +142,19 @@ class Method:
             search failed, the state keeps the last good x and the record's ``failure`` says so.
         """
         start = time.perf_counter()
+        require.instance("step", "problem", problem, Problem, "bilevel.Problem(outer, inner)")
+        require.instance("step", "state", state, State, "what init(x, y) or a step returned")
         if isinstance(inner_batches, int):
+            require.whole("step", "inner_batches", inner_batches)
             inner_batches = [None] * inner_batches
+        for name, batches in (
+            ("inner_batches", inner_batches),
+            ("hessian_batches", hessian_batches),
+        ):
+            if batches is not None or name == "inner_batches":
+                require.several("step", name, batches)
         oracle = make_oracle(problem, *state.layouts)
+        oracle.require_data(outer_batch, inner_batches[0], "{}_batch", "a batch")
         oracle.cost = replace(state.cost)
         with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
             outcome = self._step(oracle, state, outer_batch, inner_batches, hessian_batches)
@@ -157,6 +188,8 @@ class Method:
         average_value = average.value(oracle, outer) if average else h.value
 
         inner_value = h.inner_value if h.inner_value is not None else inner.value
+        if self.inner_solver is None:
+            inner_value = inner_value + 0 * inner.value
         numbers = torch.stack(
             [
                 torch.as_tensor(number, dtype=torch.float64, device=x.device)
@@ -235,6 +268,7 @@ class Method:
         keep, window = self.hypergradient.keep, self.hypergradient.window
         first_kept = 0 if window is None else max(0, len(draws) - window)
         path: list[InnerStep] = []
+        spoiled: float | Tensor = 0.0
         for t, draw in enumerate(draws):
             kept = keep != "nothing" and t >= first_kept
             graph = oracle.record(x, y, draw) if kept and keep == "graphs" else None
@@ -247,7 +281,8 @@ class Method:
             if kept:
                 path.append(InnerStep(y, draw, move.size, graph))
             y = y - move.size * gy
-            out.value, out.size, out.last = value, move.size, move.last
+            spoiled = spoiled + 0 * value  # NaN from the first loss on that is not finite
+            out.value, out.size, out.last = value + spoiled, move.size, move.last
             out.trials += move.trials
             out.failures += move.failed
         return y, path, out
@@ -286,6 +321,8 @@ def _failure(
     ):
         if not math.isfinite(number):
             return f"{what} is {number}"
+    if move.failed and not move.trials:
+        return "the slope of the outer line search is not finite"
     if move.failed:
         return f"the outer line search found no acceptable step in {move.trials} trials"
     if not finite:

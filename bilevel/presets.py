@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from bilevel.hypergradients import Hypergradient, Implicit
+from bilevel import require
+from bilevel.hypergradients import HYPERGRADIENTS, Hypergradient, Implicit
 from bilevel.linear import ConjugateGradient
 from bilevel.method import Method
 from bilevel.rules import Adam, Armijo, Fixed, Polyak, Reset, Steepest
@@ -53,15 +53,12 @@ def bisls(
 
     Reference: Fan et al. 2023 (arXiv 2305.18666). The response 'tangent' is ours.
     """
-    _require_choice("bisls", "direction", direction, ("adam", "sgd"))
+    require.choice("bisls", "direction", direction, ("adam", "sgd"))
     for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
-        _require_positive("bisls", name, step)
-    if not 0 <= slack < math.inf:
-        raise ValueError(
-            f"bisls(slack={slack!r}): the slack must be a number >= 0; 0 is the default."
-        )
-    _require_choice("bisls", "reset", reset, ("grow", "last", "fixed"))
-    _require_choice("bisls", "response", response, ("tangent", "refine", "frozen"))
+        require.number("bisls", name, step)
+    require.number("bisls", "slack", slack, "[0, inf)")
+    require.choice("bisls", "reset", reset, ("grow", "last", "fixed"))
+    require.choice("bisls", "response", response, ("tangent", "refine", "frozen"))
     return Method(
         f"bisls-{direction}",
         _hypergradient(hypergradient),
@@ -103,10 +100,17 @@ def bisps(
     for name, step in (
         ("max_outer_step", max_outer_step),
         ("max_inner_step", max_inner_step),
-        ("c", c),
     ):
         if step is not None:
-            _require_positive("bisps", name, step)
+            require.number("bisps", name, step)
+    require.number("bisps", "c", c)
+    for name, bound in (
+        ("outer_lower_bound", outer_lower_bound),
+        ("inner_lower_bound", inner_lower_bound),
+    ):
+        require.number("bisps", name, bound, "(-inf, inf)")
+    if min_outer_step is not None:
+        require.number("bisps", "min_outer_step", min_outer_step, "[0, inf)")
     if min_outer_step is not None and max_outer_step is None:
         raise ValueError(
             f"bisps(min_outer_step={min_outer_step!r}) without max_outer_step: the two bounds "
@@ -114,12 +118,12 @@ def bisps(
         )
     if min_outer_step is None:
         lower = 1e-3 * (max_outer_step or 1.0)
-    elif 0 <= min_outer_step <= (max_outer_step or 0):
+    elif min_outer_step <= (max_outer_step or 0):
         lower = min_outer_step
     else:
         raise ValueError(
             f"bisps(min_outer_step={min_outer_step!r}, max_outer_step={max_outer_step!r}): the "
-            f"floor must lie between 0 and the ceiling."
+            f"floor must lie between 0 and the ceiling; give a smaller floor."
         )
     return Method(
         "bisps",
@@ -149,9 +153,10 @@ def fixed(
         decay: steps fall like (k + 1)^-decay; 0 is constant, 0.5 the usual schedule.
         hypergradient: as for :func:`bisls`.
     """
-    _require_choice("fixed", "direction", direction, ("adam", "sgd"))
+    require.choice("fixed", "direction", direction, ("adam", "sgd"))
     for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):
-        _require_positive("fixed", name, step)
+        require.number("fixed", name, step)
+    require.number("fixed", "decay", decay, "[0, inf)")
     return Method(
         direction,
         _hypergradient(hypergradient),
@@ -176,20 +181,5 @@ PRESETS: dict[str, Callable[[], Method]] = {
 def _hypergradient(given: Hypergradient | None) -> Hypergradient:
     if given is None:
         return DEFAULT
-    if not hasattr(given, "estimate"):
-        raise TypeError(
-            f"hypergradient={given!r} is a {type(given).__name__}, not a hypergradient; wrap a "
-            f"linear solver as bilevel.Implicit(solver), or use Unrolled() or FiniteDifference()."
-        )
+    require.made_by("", "hypergradient", given, "estimate", "a hypergradient", HYPERGRADIENTS)
     return given
-
-
-def _require_positive(owner: str, name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{owner}({name}={value!r}): {name} must be a positive, finite number.")
-
-
-def _require_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{owner}({name}={value!r}): {name} must be one of {listed}.")

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bilevel import require
 from bilevel.layout import Layout, tree_map
 from bilevel.randomness import Randomness
+from bilevel.require import shown, told
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,16 @@ class Problem:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("outer", "inner", "project"):
+        for name in ("outer", "inner"):
             function = getattr(self, name)
-            if not callable(function) and not (name == "project" and function is None):
+            if not callable(function) or isinstance(function, type):
                 raise TypeError(
-                    f"{name} is {function!r} ({type(function).__name__}), which cannot be called; "
-                    f"pass a function such as lambda x, y: ((x - y) ** 2).sum()."
+                    f"{name} is {shown(function)} ({type(function).__name__}), which is no "
+                    f"function; pass one such as lambda x, y: ((x - y) ** 2).sum()."
                 )
+        if self.project is not None:
+            require.function("", "project", self.project, "a function of x that returns an x", 1)
+        require.flag("", "compile", self.compile)
 
 
 @dataclass
@@ -119,6 +124,14 @@ class Oracle:
                 f"x is on {x.device} and y on {y.device}, but both enter one loss; "
                 f"move one of them with .to(device)."
             )
+        if y.device.type == "meta":
+            raise ValueError(
+                "x and y are on meta, where tensors hold no numbers; move them to the CPU or a GPU."
+            )
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "this was called in torch.inference_mode(), where there are no gradients; leave it."
+            )
         if x.dtype != y.dtype:
             raise TypeError(
                 f"x is {x.dtype} and y {y.dtype}, but products mix the two; "
@@ -135,21 +148,28 @@ class Oracle:
 
     # -- the losses ------------------------------------------------------------------------
 
-    def require_data(self, **missing: bool) -> None:
-        """Refuse a loss that takes a batch where its data is missing."""
-        for level, absent in missing.items():
-            if absent and self._batched[level]:
+    def require_data(
+        self,
+        outer: Any,
+        inner: Any,
+        given: str = "{}_data",
+        instead: str = "{}_data=[batch] or a DataLoader",
+    ) -> None:
+        """Refuse a loss that takes a batch where it is given None."""
+        for level, data in (("outer", outer), ("inner", inner)):
+            if data is None and self._batched[level]:
                 raise TypeError(
-                    f"the {level} loss takes a batch, but {level}_data is None; pass "
-                    f"{level}_data=[batch] or a DataLoader, or write {level}(x, y)."
+                    f"the {level} loss takes a batch, but {given.format(level)} is None; pass "
+                    f"{instead.format(level)}, or write {level}(x, y)."
                 )
 
     def _batch(self, level: str, draw: Draw) -> tuple[Any, ...]:
         takes = self._batched[level]
         if draw.batch is not None and takes is False:
-            raise TypeError(
-                f"{level}_data was given, but the {level} loss takes no batch; "
-                f"write {level}(x, y, batch), or leave out {level}_data."
+            raise told(
+                TypeError,
+                f"{level}_data was given (a batch), but the {level} loss takes no batch; "
+                f"write {level}(x, y, batch), or leave out {level}_data.",
             )
         return (draw.batch,) if takes or (takes is None and draw.batch is not None) else ()
 
@@ -172,15 +192,23 @@ class Oracle:
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         value = self.replayed(draw, self.call, level, x, y, self._batch(level, draw))
         if not isinstance(value, Tensor) or value.dim() != 0:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise TypeError(
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise told(
+                TypeError,
                 f"the {level} loss returned {got}, but must return a 0-dim tensor; "
-                f"reduce it with .mean() or .sum()."
+                f"reduce it with .mean() or .sum().",
+            )
+        if value.device != y.device:
+            raise told(
+                ValueError,
+                f"the {level} loss returned a tensor on {value.device}, but x and y are on "
+                f"{y.device}; move it there with .to(device).",
             )
         if not value.is_floating_point():
-            raise TypeError(
+            raise told(
+                TypeError,
                 f"the {level} loss returned a tensor of {value.dtype}, but must return a "
-                f"floating one; compute it from x and y with differentiable functions."
+                f"floating one; compute it from x and y with differentiable functions.",
             )
         return value
 
@@ -313,21 +341,11 @@ def _gradients(
 
 def _takes_batch(loss: Callable[..., Any], level: str) -> bool | None:
     """Whether the loss takes a third argument: True, False, or None where it may."""
-    try:
-        signature = inspect.signature(loss)
-    except (TypeError, ValueError):
-        return None
-    able = []
-    for count in (2, 3):
-        try:
-            signature.bind(*range(count))
-            able.append(True)
-        except TypeError:
-            able.append(False)
+    able = [require.takes(loss, 2), require.takes(loss, 3)]
     if able == [False, False]:
         raise TypeError(
-            f"{level}{signature} cannot be called as {level}(x, y) nor as {level}(x, y, batch); "
-            f"write the loss as a function of these arguments."
+            f"{level}{inspect.signature(loss)} cannot be called as {level}(x, y) nor as "
+            f"{level}(x, y, batch); write the loss as a function of these arguments."
         )
     return None if able == [True, True] else able[1]
 

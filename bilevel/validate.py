@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.problem import Draw, Oracle
+from bilevel.require import is_told, shown
 
 T = TypeVar("T")
 
@@ -22,21 +23,19 @@ def describe(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple | list):
-        shown = ", ".join(describe(v) for v in value[:8]) + (", ..." if len(value) > 8 else "")
-        return f"({shown})" if isinstance(value, tuple) else f"[{shown}]"
-    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)[:80]
+        parts = ", ".join(describe(v) for v in value[:8]) + (", ..." if len(value) > 8 else "")
+        return f"({parts})" if isinstance(value, tuple) else f"[{parts}]"
+    return type(value).__name__ if isinstance(value, nn.Module) else shown(value)
 
 
-def _enriched(oracle: Oracle, level: str, batch: Any, call: Callable[[], T]) -> T:
-    """``call()``, whose exceptions come back with what the loss was given."""
+def _enriched(oracle: Oracle, what: str, batch: str, call: Callable[[], T]) -> T:
+    """``call()``, whose exceptions come back with what ``what``, a loss, was given."""
     try:
         return call()
-    except (KeyboardInterrupt, MemoryError):
+    except (MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        if isinstance(error, TypeError | ValueError) and "loss returned" in str(error):
-            raise  # already says all
-        if isinstance(error, TypeError) and "was given, but the" in str(error):
+        if is_told(error):
             raise
         given = [
             f"{layout.name} = "
@@ -50,18 +49,16 @@ def _enriched(oracle: Oracle, level: str, batch: Any, call: Callable[[], T]) -> 
             )
             for layout in (oracle.x, oracle.y)
         ]
-        if batch is not None:
-            given.append(f"batch = {describe(batch)}")
-        else:
-            given.append(f"no batch, since {level}_data is None")
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
-            f"the {level} loss raised {type(error).__name__}: {error} -- it was called with "
-            f"{'; '.join(given)}. Check the shapes, types and devices that it expects."
+            f"{what} raised {type(error).__name__}: {error} -- it was called with "
+            f"{'; '.join([*given, batch])}. Check the shapes, types and devices that it expects."
         ) from error
 
 
-def _refuse_statistics(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
+def _refuse_statistics(
+    oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, batch: str
+) -> None:
     """Buffers that a loss changes would change at every trial of a line search."""
     held = {
         f"{layout.name}.{name}": buffer
@@ -72,11 +69,15 @@ def _refuse_statistics(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: D
     if not held:
         return
     before = {name: buffer.clone() for name, buffer in held.items()}
-    _enriched(oracle, level, draw.batch, lambda: oracle.value(level, x, y, draw))
-    changed = [name for name, buffer in held.items() if not torch.equal(buffer, before[name])]
-    with torch.no_grad():
-        for name in changed:
-            held[name].copy_(before[name])
+    changed = []
+    try:
+        _enriched(oracle, f"the {level} loss", batch, lambda: oracle.value(level, x, y, draw))
+    finally:
+        with torch.no_grad():
+            for name, buffer in held.items():
+                if not torch.equal(buffer, before[name]):
+                    changed.append(name)
+                    buffer.copy_(before[name])
     if changed:
         raise ValueError(
             f"the {level} loss changes the buffers {', '.join(changed)} (running statistics of a "
@@ -86,15 +87,30 @@ def _refuse_statistics(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: D
         )
 
 
-def validated(oracle: Oracle, x: Tensor, y: Tensor, outer_batch: Any, inner_batch: Any) -> Tensor:
+def validated(
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    outer_batch: Any,
+    inner_batch: Any,
+    given: str = "{}_data",
+) -> Tensor:
     """A feasible x, after one evaluation of both losses and their gradients.
+
+    ``given`` names, for messages, the argument that the batch of a level comes from.
 
     Raises:
         TypeError, ValueError: a loss that cannot be called, is not a finite scalar, does not
-            depend on what it must, or changes buffers.
+            depend on what it must, or changes buffers; a projection that gives no such x.
     """
+    for name, vector in (("x", x), ("y", y)):
+        if not vector.isfinite().all():
+            raise ValueError(
+                f"{name} holds numbers that are not finite (NaN or inf); choose a finite start."
+            )
     if oracle.problem.project is not None:
-        x = oracle.project(x)
+        free = x
+        x = _enriched(oracle, "project", "x alone", lambda: oracle.project(free))
     shared = set(map(id, _parameters(oracle.x.module))) & set(map(id, _parameters(oracle.y.module)))
     if shared:
         raise ValueError(
@@ -103,10 +119,12 @@ def validated(oracle: Oracle, x: Tensor, y: Tensor, outer_batch: Any, inner_batc
         )
     for level, batch in (("outer", outer_batch), ("inner", inner_batch)):
         draw = Draw(batch)
-        _refuse_statistics(oracle, level, x, y, draw)
-        value, depends = _enriched(
-            oracle, level, batch, partial(oracle.dependence, level, x, y, draw)
-        )
+        said = f"batch = {describe(batch)}"
+        if batch is None:
+            said = f"no batch, since {given.format(level)} is None"
+        _refuse_statistics(oracle, level, x, y, draw, said)
+        look = partial(oracle.dependence, level, x, y, draw)
+        value, depends = _enriched(oracle, f"the {level} loss", said, look)
         if not torch.isfinite(value):
             raise ValueError(
                 f"the {level} loss is {float(value)} at the start; choose a start (or a batch) "

@@ -7,8 +7,11 @@ mode and x in eval mode.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from optim.base import Optimizer
 from optim.blocks import Block, Group, precise, precise_copy
@@ -31,6 +34,9 @@ class Averaged(Optimizer):
     with D_t = I, or Adam's metric where the method has a ``beta2`` (arXiv 2511.07767, eq. (3),
     remark 4.1 and algorithm 3). A method gives the rule and the weight c.
     """
+
+    def __init__(self, params: ParamsT, foreach: bool | None, **options: Any):
+        super().__init__(params, foreach, **options, train_mode=True)
 
     def _betas(self, group: Group) -> tuple[float, float | None]:
         """(beta, beta2); beta2 None: the metric is the identity."""

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from bilevel import require
+from optim import check
 from optim.blocks import Block, Cohort, Group, lay_out, wide
+from optim.check import Check
 from optim.distributed import Ranks, placement
 from optim.rules import Decision, Memory
 from optim.vectors import Plain
@@ -57,11 +60,15 @@ class Optimizer(torch.optim.Optimizer):
     _vectors: tuple[str, ...] = ()  # kept per parameter
     _memory: dict[str, float] = {}  # numbers kept by the rule, with their first values
     _common: tuple[str, ...] = ()  # options that are one for all groups
+    _checks: dict[str, Check] = {}  # of options, where not those of :data:`optim.check.OPTIONS`
     _needs_loss = True
     _parallel = False
 
     def __init__(self, params: ParamsT, foreach: bool | None, **options: Any):
         self._cache = _Cache()
+        name = type(self).__name__
+        check.OPTIONS["foreach"](name, "foreach", foreach)
+        params = check.parameters(name, params)
         super().__init__(params, {"lr": 1.0, **options, "foreach": foreach is not False})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,6 +165,7 @@ class Optimizer(torch.optim.Optimizer):
             )
         self._check_mode()
         if closure is not None:
+            require.function("step", "closure", closure, "a function that returns the loss", 0)
             with torch.enable_grad():
                 loss = closure()
         if self._needs_loss and loss is None:
@@ -241,6 +249,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         name = type(self).__name__
+        check.group(name, param_group, {**check.OPTIONS, **self._checks}, self.defaults)
         for key in self._common:
             if param_group.get(key, self.defaults[key]) != self.defaults[key]:
                 raise ValueError(
@@ -249,13 +258,6 @@ class Optimizer(torch.optim.Optimizer):
                     "itself; to move one group less, set its 'lr', a factor on the step."
                 )
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.is_complex():
-                raise ValueError(
-                    f"{name} got a complex parameter of shape {tuple(p.shape)}, which has no real "
-                    "inner product with its gradient. Keep torch.view_as_real(p) as the parameter "
-                    "and call torch.view_as_complex on it in the model."
-                )
         self._cache.cohorts = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -317,7 +319,16 @@ def _total(parts: tuple[Tensor, ...], home: torch.device) -> Tensor:
 
 def _scalar(value: Scalar, name: str, home: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
+        if getattr(value, "shape", None) == ():  # NumPy's
+            value = cast(Any, value).item()
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                f"{name}={require.shown(value)} is {require.kind(value)}. Pass a number, or a "
+                f"tensor of one element: the number whose gradient was taken."
+            )
         return torch.full((), value, dtype=wide(home), device=home)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} is a tensor of {value.dtype}. Pass a real number.")
     if value.numel() != 1:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, but one step has one {name}. Pass its mean or "

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from bilevel import require
 from optim import rules
 from optim.base import Optimizer
-from optim.check import above
 from optim.rules import Decision, Memory
 
 
@@ -43,8 +43,7 @@ class ClippedSGD(Optimizer):
     _needs_loss = False
 
     def __init__(self, params: ParamsT, lr: float, max_norm: float, *, foreach: bool | None = None):
-        above("lr", lr, 0)
-        above("max_norm", max_norm, 0)
+        require.number("ClippedSGD", "lr", lr)  # 0 is for a group alone
         super().__init__(params, foreach, lr=lr, max_norm=max_norm)
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from optim import rules
 from optim.base import Optimizer
 from optim.blocks import Block, Group, precise_copy
-from optim.check import above, at_least
+from optim.check import number, optional
 from optim.rules import Decision, Memory
 from optim.vectors import Plain
 
@@ -58,8 +58,6 @@ class DecSPS(Optimizer):
         *,
         foreach: bool | None = None,
     ):
-        above("c0", c0, 0)
-        above("max_lr", max_lr, 0)
         super().__init__(params, foreach, c0=c0, max_lr=max_lr, lower_bound=lower_bound)
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
@@ -98,6 +96,7 @@ class AdaSPS(Optimizer):
 
     _memory = {"total": 0.0, "first": 0.0, "previous": math.inf}
     _common = ("c", "lower_bound")
+    _checks = {"c": optional(number("(0, inf)"))}
 
     def __init__(
         self,
@@ -107,8 +106,6 @@ class AdaSPS(Optimizer):
         *,
         foreach: bool | None = None,
     ):
-        if c is not None:
-            above("c", c, 0)
         super().__init__(params, foreach, c=c, lower_bound=lower_bound)
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
@@ -154,7 +151,6 @@ class InexactPolyak(Optimizer):
         *,
         foreach: bool | None = None,
     ):
-        at_least("steps", steps, 1)
         super().__init__(params, foreach, steps=steps, lower_bound=lower_bound)
 
     def best(self) -> list[Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 from optim import rules
 from optim.averaged import Averaged
 from optim.blocks import Group
-from optim.check import above, at_least, between
 from optim.rules import Decision, Memory
 
 
@@ -29,28 +26,6 @@ class _IterateAveraging(Averaged):
         if group["averaging"] == "linear":
             return 1 / (s["k"] + 1)  # s["k"] is t + 1: x_{t+1} is the mean of z_{-1}, ..., z_t
         return torch.full_like(s["k"], 1 / (1 + group["averaging"]))
-
-
-def _options(
-    averaging: float | str, max_lr: float, lower_bound: float, weight_decay: float
-) -> dict[str, Any]:
-    if isinstance(averaging, str):
-        if averaging != "linear":
-            raise ValueError(
-                f"averaging={averaging!r} is no average. Give lambda >= 0 (9.0 is momentum 0.9) or "
-                "'linear'."
-            )
-    else:
-        at_least("averaging", averaging, 0)
-    above("max_lr", max_lr, 0)
-    at_least("weight_decay", weight_decay, 0)
-    return {
-        "averaging": averaging,
-        "max_lr": max_lr,
-        "lower_bound": lower_bound,
-        "weight_decay": weight_decay,
-        "train_mode": True,
-    }
 
 
 class IAM(_IterateAveraging):
@@ -99,8 +74,8 @@ class IAM(_IterateAveraging):
         weight_decay: float = 0.0,
         foreach: bool | None = None,
     ):
-        options = _options(averaging, max_lr, lower_bound, weight_decay)
-        super().__init__(params, foreach, **options)
+        options = {"averaging": averaging, "max_lr": max_lr, "lower_bound": lower_bound}
+        super().__init__(params, foreach, **options, weight_decay=weight_decay)
 
 
 class IAMAdam(_IterateAveraging):
@@ -150,7 +125,7 @@ class IAMAdam(_IterateAveraging):
         weight_decay: float = 0.0,
         foreach: bool | None = None,
     ):
-        between("beta2", beta2, 0, 1)
-        above("eps", eps, 0)
-        options = _options(averaging, max_lr, lower_bound, weight_decay)
-        super().__init__(params, foreach, **options, beta2=beta2, eps=eps)
+        options = {"averaging": averaging, "max_lr": max_lr, "lower_bound": lower_bound}
+        super().__init__(
+            params, foreach, **options, weight_decay=weight_decay, beta2=beta2, eps=eps
+        )

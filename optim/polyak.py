@@ -9,7 +9,6 @@ from torch.optim.optimizer import ParamsT
 
 from optim import rules
 from optim.base import Optimizer
-from optim.check import above, at_least, safeguard_option
 from optim.rules import Decision, Memory
 
 
@@ -55,8 +54,6 @@ class SPS(Optimizer):
         *,
         foreach: bool | None = None,
     ):
-        above("c", c, 0)
-        above("max_lr", max_lr, 0)
         super().__init__(params, foreach, lower_bound=lower_bound, c=c, max_lr=max_lr)
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
@@ -96,7 +93,6 @@ class SPSPlus(Optimizer):
     _common = ("max_lr",)
 
     def __init__(self, params: ParamsT, max_lr: float = math.inf, *, foreach: bool | None = None):
-        above("max_lr", max_lr, 0)
         super().__init__(params, foreach, max_lr=max_lr)
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
@@ -146,7 +142,6 @@ class SafeguardedSPS(Optimizer):
         rho: float = 0.99,
         foreach: bool | None = None,
     ):
-        safeguard_option(safeguard, rho)
         options = {"lower_bound": lower_bound, "safeguard": safeguard, "rho": rho}
         super().__init__(params, foreach, **options)
 
@@ -199,9 +194,6 @@ class SPSB(Optimizer):
         *,
         foreach: bool | None = None,
     ):
-        above("max_lr", max_lr, 0)
-        at_least("decay", decay, 0)
-        above("c", c, 0)
         options = {"max_lr": max_lr, "decay": decay, "lower_bound": lower_bound, "c": c}
         super().__init__(params, foreach, **options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch.optim.optimizer import ParamsT
 from optim import rules
 from optim.averaged import Averaged
 from optim.blocks import Group
-from optim.check import above, at_least, between, safeguard_option
 from optim.rules import Decision, Memory
 
 
@@ -36,16 +34,6 @@ class _ScheduleFree(Averaged):
     def _average(self, s: Memory, group: Group) -> Tensor:
         w = rules.weight(s["k"], s["lr_max"], group["r"], group["weight_lr_power"])
         return torch.where(s["weight_sum"] > 0, w / s["weight_sum"], 0.0)
-
-
-def _options(
-    safeguard: float | str | None, rho: float, max_lr: float, **at_least_0: float
-) -> dict[str, Any]:
-    safeguard_option(safeguard, rho)
-    above("max_lr", max_lr, 0)
-    for name, value in at_least_0.items():
-        at_least(name, value, 0)
-    return {"safeguard": safeguard, "rho": rho, "max_lr": max_lr, "train_mode": True, **at_least_0}
 
 
 class ScheduleFreeSPS(_ScheduleFree):
@@ -113,12 +101,12 @@ class ScheduleFreeSPS(_ScheduleFree):
         weight_lr_power: float = 2.0,
         foreach: bool | None = None,
     ):
-        between("beta", beta, 0, 1, closed=True)
-        options = _options(
-            safeguard, rho, max_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
-            r=r, weight_lr_power=weight_lr_power,
-        )  # fmt: skip
-        super().__init__(params, foreach, beta=beta, lower_bound=lower_bound, **options)
+        options = {
+            "safeguard": safeguard, "rho": rho, "lower_bound": lower_bound, "max_lr": max_lr,
+            "warmup_steps": warmup_steps, "weight_decay": weight_decay, "r": r,
+            "weight_lr_power": weight_lr_power,
+        }  # fmt: skip
+        super().__init__(params, foreach, beta=beta, **options)
 
     def _betas(self, group: Group) -> tuple[float, float | None]:
         return group["beta"], None
@@ -179,14 +167,12 @@ class ScheduleFreeAdamSPS(_ScheduleFree):
         weight_lr_power: float = 2.0,
         foreach: bool | None = None,
     ):
-        between("betas[0]", betas[0], 0, 1, closed=True)
-        between("betas[1]", betas[1], 0, 1)
-        above("eps", eps, 0)
-        options = _options(
-            safeguard, rho, max_lr, warmup_steps=warmup_steps, weight_decay=weight_decay,
-            r=r, weight_lr_power=weight_lr_power,
-        )  # fmt: skip
-        super().__init__(params, foreach, betas=betas, eps=eps, lower_bound=lower_bound, **options)
+        options = {
+            "safeguard": safeguard, "rho": rho, "lower_bound": lower_bound, "max_lr": max_lr,
+            "warmup_steps": warmup_steps, "weight_decay": weight_decay, "r": r,
+            "weight_lr_power": weight_lr_power,
+        }  # fmt: skip
+        super().__init__(params, foreach, betas=betas, eps=eps, **options)
 
     def _betas(self, group: Group) -> tuple[float, float | None]:
         return group["betas"]

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from bilevel import require
 from bilevel.steps import Search, armijo
-from optim import rules
-from optim.base import Closure, Last, Optimizer, Scalar
+from optim import check, rules
+from optim.base import Closure, Last, Optimizer, Scalar, _scalar
 from optim.blocks import wide
-from optim.check import above, at_least
 from optim.distributed import Ranks, local, local_gradient, placement
 from optim.rules import Memory
-
-RESETS = ("grow", "last", "fixed")
 
 
 class _LineSearch(Optimizer):
@@ -32,6 +30,7 @@ class _LineSearch(Optimizer):
 
     _memory = {"k": 0.0, "accepted": 0.0}
     _common: tuple[str, ...] = ("max_lr", "c", "shrink", "reset")
+    _checks = {"c": check.number("(0, 1)")}
     _last: Last | None = None
 
     @property
@@ -66,9 +65,9 @@ class _LineSearch(Optimizer):
             target: ignored: the Armijo test needs no bound.
 
         Raises:
-            ValueError: no closure; ``loss`` given.
-            RuntimeError: a closure that calls ``backward()`` itself, or whose loss does not depend
-                on the parameters; sparse gradients.
+            ValueError, TypeError: no closure; ``loss`` given; a closure that calls ``backward()``
+                itself, or whose loss does not depend on the parameters.
+            RuntimeError: sparse gradients.
         """
         name = type(self).__name__
         del target
@@ -79,21 +78,24 @@ class _LineSearch(Optimizer):
                 "it chooses itself. Call step(closure) with a function that computes and returns "
                 "the loss of the batch."
             )
+        require.function("step", "closure", closure, "a function that returns the loss", 0)
         self.zero_grad(set_to_none=True)
         params = [p for group in self.param_groups for p in group["params"]]
         rng = _Generators(params)
         with torch.enable_grad():
             value = closure()
             if any(p.grad is not None for p in params):
-                raise RuntimeError(
+                raise ValueError(
                     f"the closure given to {name}.step() called backward(). It is called for every "
                     "trial, so it must only compute and return the loss."
                 )
             if not isinstance(value, Tensor) or not value.requires_grad:
-                raise RuntimeError(
-                    f"the closure given to {name}.step() returned {value!r}, which does not depend "
-                    "on the parameters. Return the loss as a tensor, not loss.item()."
+                raise TypeError(
+                    f"the closure given to {name}.step() returned {require.shown(value)}, which "
+                    "does not depend on the parameters. Return the loss as a tensor, not "
+                    "loss.item()."
                 )
+            _scalar(value, "loss", value.device)
             value.backward()
         cohorts = self._lay_out()  # refuses sparse gradients
         if cohorts:
@@ -225,11 +227,7 @@ class SLS(_LineSearch):
         shrink: float = 0.5,
         reset: str = "grow",
     ):
-        if reset not in RESETS:
-            raise ValueError(
-                f"reset={reset!r} is not a way to start a search. Give one of {RESETS}."
-            )
-        super().__init__(params, None, **_options(max_lr, c, shrink), reset=_reset(reset))
+        super().__init__(params, None, max_lr=max_lr, c=c, shrink=shrink, reset=reset)
 
     def _first_trial(self, s: Memory) -> float:
         o, accepted = self.param_groups[0], float(s["accepted"])
@@ -279,8 +277,7 @@ class SLSB(_LineSearch):
         c: float = 0.1,
         shrink: float = 0.5,
     ):
-        at_least("decay", decay, 0)
-        super().__init__(params, None, **_options(max_lr, c, shrink), decay=decay)
+        super().__init__(params, None, max_lr=max_lr, c=c, shrink=shrink, decay=decay)
 
     def _first_trial(self, s: Memory) -> float:
         o = self.param_groups[0]
@@ -324,30 +321,9 @@ class AdaSLS(_LineSearch):
         scale: float | None = None,
         reset: str = "grow",
     ):
-        if scale is not None:
-            above("scale", scale, 0)
-        super().__init__(
-            params, None, **_options(max_lr, c, shrink), reset=_reset(reset), scale=scale
-        )
+        super().__init__(params, None, max_lr=max_lr, c=c, shrink=shrink, reset=reset, scale=scale)
 
     def _applied(self, found: Search, norm2: float, s: Memory) -> tuple[float, Memory]:
         gls = torch.full_like(s["k"], found.step)
         step, new = rules.adasls(gls, norm2, s, self.param_groups[0]["scale"])
         return float(step), new
-
-
-def _options(max_lr: float, c: float, shrink: float) -> dict[str, float]:
-    above("max_lr", max_lr, 0)
-    for name, value in (("c", c), ("shrink", shrink)):
-        if not 0 < value < 1:
-            raise ValueError(
-                f"{name}={value!r} is a share outside (0, 1), with which no search ends well. Give "
-                f"{name} between 0 and 1."
-            )
-    return {"max_lr": max_lr, "c": c, "shrink": shrink}
-
-
-def _reset(reset: str) -> str:
-    if reset not in RESETS:
-        raise ValueError(f"reset={reset!r} is no way to start a search. Give one of {RESETS}.")
-    return reset

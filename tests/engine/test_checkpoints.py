@@ -339,17 +339,61 @@ def test_resume_needs_a_path():
         go("bisls-sgd", resume=True)
 
 
-def test_a_failed_write_keeps_the_old_file(written, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "disk full"), RuntimeError("short write")])
+def test_a_failed_write_keeps_the_old_file_and_the_run(written, monkeypatch, error):
     before = written.read_bytes()
 
     def fail(*args):
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        go("bisls-sgd", checkpoint=written)
+    with pytest.warns(RuntimeWarning, match="cannot write a checkpoint.*make room.*goes on"):
+        result = go("bisls-sgd", checkpoint=written)
+    equal(result, go("bisls-sgd"))
     assert written.read_bytes() == before
     assert [p.name for p in written.parent.iterdir()] == ["c"]
+
+
+FULL = """
+import resource, sys, warnings
+from tests.engine.test_checkpoints import go
+warnings.simplefilter("always")
+def callback(state, record):
+    if record.k == 5:  # no file may grow beyond half of the checkpoint from here on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+result = go("bisls-sgd", checkpoint=sys.argv[1], checkpoint_every=2, callback=callback)
+print(result.reason, len(result.history))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no resource limits")
+def test_a_disk_that_fills_up_midway(tmp_path):
+    """The run ends as it would have; the last good checkpoint stays, and resumes to the same."""
+    path = tmp_path / "c"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], cwd=Path(__file__).parents[2], timeout=120,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "all 9 steps were taken 9\n"
+    assert "cannot write a checkpoint to" in done.stderr and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert torch.load(path, weights_only=True)["k"] == 4
+    equal(go("bisls-sgd", checkpoint=path, resume=True), go("bisls-sgd"))
+
+
+def test_a_read_only_folder(tmp_path):
+    """Found before any work; root may write anywhere, so /proc stands in for it."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    place = folder if not os.access(folder, os.W_OK) else Path("/proc/self")
+
+    def never(*args):
+        raise AssertionError("work was begun")
+
+    with pytest.raises(OSError, match="cannot write a checkpoint to.*choose a folder"):
+        bilevel.solve(never, never, *start(), **data(False), checkpoint=place / "c")
 
 
 def test_stateful_loader():

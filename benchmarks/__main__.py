@@ -6,7 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-SHARED = {"__init__", "__main__", "problems", "report", "rivals"}
+SHARED = {"__init__", "__main__", "peers", "problems", "report", "rivals"}
 
 
 def main(argv: list[str]) -> int:

@@ -134,7 +134,7 @@ def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[st
             "inner": inner,
             "outer_gradients": grad_and_value(outer, argnums=(0, 1)),
             "inner_gradient": grad_and_value(inner, argnums=1),
-            **_products(inner),
+            **second_derivatives(inner),
         }
         compiled = {name: torch.compile(f, fullgraph=True) for name, f in functions.items()}
         found = {"for": (id(problem), id(y)), **compiled}
@@ -142,7 +142,7 @@ def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[st
     return found
 
 
-def _products(inner: Function) -> dict[str, Function]:
+def second_derivatives(inner: Function) -> dict[str, Function]:
     def gradient(x: Tensor, y: Tensor, batch: tuple[Any, ...]) -> Tensor:
         return torch.func.grad(inner, argnums=1)(x, y, batch)
 

@@ -21,8 +21,8 @@ from bilevel import require
 from bilevel.linear import PRODUCTS, Neumann, Solver, curvature, solved
 from bilevel.problem import Draw, Oracle, Products
 
-# (t, x + t d) -> y(t), or None where that is not to be had
-Follow = Callable[[float, Tensor], "Tensor | None"]
+# (t, x + t d) -> y(t), and whether it can be trusted
+Follow = Callable[["float | Tensor", Tensor], tuple[Tensor, "Tensor | bool"]]
 # along a direction d of x: the slope of f(x + t d, y(t)) at t = 0, and y(t)
 Respond = Callable[[Tensor], tuple[Tensor, Follow]]
 
@@ -50,7 +50,7 @@ class Estimate:
         q: solution of that system, to go on from.   respond: see :data:`Respond`.
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
             has no solution to be behind of.
-        newton: () -> s with g_yy s = -g_y, on the way to y*(x).
+        newton: () -> s with g_yy s = -g_y, on the way to y*(x); takes another solver, too.
     """
 
     grad: Tensor
@@ -61,7 +61,7 @@ class Estimate:
     q: Tensor | None
     respond: Respond
     lag: Tensor | None = None
-    newton: Callable[[], Tensor] | None = None
+    newton: Callable[..., Tensor] | None = None
 
 
 class Hypergradient(Protocol):
@@ -158,19 +158,19 @@ class Implicit:
             w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
             drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
 
-            def follow(t: float, xt: Tensor) -> Tensor | None:
+            def follow(t: float | Tensor, xt: Tensor) -> tuple[Tensor, Tensor | bool]:
                 # going along the tangent must serve the inner loss better than staying: to first
                 # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it
                 yt = y + t * w
                 moved = oracle.value("inner", xt, yt, inner[0])
                 stayed = oracle.value("inner", xt, y, inner[0]) + t * drift
                 rounding = 8 * torch.finfo(y.dtype).eps * stayed.abs()
-                return yt if bool(moved <= stayed + rounding) else None
+                return yt, moved <= stayed + rounding
 
             return torch.dot(fx, d) + torch.dot(fy, w), follow
 
-        def newton() -> Tensor:
-            return self.solver(product, -pull.gradient, None)
+        def newton(solver: Solver = self.solver) -> Tensor:
+            return solver(product, -pull.gradient, None)
 
         lag = torch.dot(q, pull.gradient)
         return Estimate(fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton)
@@ -306,12 +306,12 @@ class Unrolled:
             adjoint = adjoint - size * gyy
 
         def respond(d: Tensor) -> tuple[Tensor, Follow]:
-            def replay(t: float, xt: Tensor) -> Tensor:
-                y_t = path[0].y
+            def replay(t: float | Tensor, xt: Tensor) -> tuple[Tensor, bool]:
+                y_t = path[0].y if path else y
                 for _, draw, size, _ in path:
                     y_t = y_t - size * oracle.inner_gradient(xt, y_t, draw)[1]
-                return y_t
+                return y_t, True
 
-            return torch.dot(grad, d), replay if path else lambda t, xt: y
+            return torch.dot(grad, d), replay
 
         return Estimate(grad, direct, value, inner_value, None, None, respond)

@@ -206,7 +206,16 @@ class ConjugateGradient:
         require.flag("ConjugateGradient", "warm_start", self.warm_start)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
-        eps = torch.finfo(b.dtype).eps
+        state = self.begin(product, b, q0)
+        for i in range(self.steps):
+            # a look at the host stops early; on a GPU it would stall the queue at every step
+            if (b.device.type == "cpu" or i % 5 == 4) and _is_false(state[-1]):
+                break
+            state = self.advance(product, b, state)
+        return state[0]
+
+    def begin(self, product: Product, b: Tensor, q0: Tensor | None) -> tuple[Tensor, ...]:
+        """(q, residual, direction, squared norm of the residual, whether to go on)."""
         if q0 is None:
             q, r = torch.zeros_like(b), b
         else:
@@ -215,27 +224,25 @@ class ConjugateGradient:
             curved = torch.dot(q0, Hq)
             scale = torch.where(curved > 0, torch.dot(q0, b) / curved, 0.0)
             q, r = scale * q0, b - scale * Hq
-        p = r
         rr = torch.dot(r, r)
-        enough = self.rtol**2 * torch.dot(b, b)
         # even a good guess takes one step, so that over the iterations of a method q converges
-        active = rr > 0
-        for i in range(self.steps):
-            # a look at the host stops early; on a GPU it would stall the queue at every step
-            if (b.device.type == "cpu" or i % 5 == 4) and _is_false(active):
-                break
-            Hp = product(p)
-            pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
-            active = active & (pHp > eps * eps * pp) & torch.isfinite(pHp)
-            a = torch.where(active, rr / pHp, 0.0)
-            q = q + a * p
-            r = r - torch.where(active, a * Hp, 0.0)
-            new = torch.dot(r, r)
-            moved = a * a * pp > eps * eps * torch.dot(q, q)
-            active = active & (new > enough) & moved
-            p = r + torch.where(active, new / rr, 0.0) * p
-            rr = new
-        return q
+        return q, r, r, rr, rr > 0
+
+    def advance(self, product: Product, b: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One step, at the cost of one product; none where there is no going on."""
+        eps = torch.finfo(b.dtype).eps
+        q, r, p, rr, active = state
+        Hp = product(p)
+        pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
+        active = active & (pHp > eps * eps * pp) & torch.isfinite(pHp)
+        a = torch.where(active, rr / pHp, 0.0)
+        q = q + a * p
+        r = r - torch.where(active, a * Hp, 0.0)
+        new = torch.dot(r, r)
+        moved = a * a * pp > eps * eps * torch.dot(q, q)
+        active = active & (new > self.rtol**2 * torch.dot(b, b)) & moved
+        p = r + torch.where(active, new / rr, 0.0) * p
+        return q, r, p, new, active
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,20 @@ def solve(
     saver.note(state, history)
     saver.prepare()
     batches = None
+    chunks = None
+    if compile:
+        from bilevel.chunks import Chunks  # torch.compile is slow to import
+
+        chunks = Chunks(
+            method,
+            problem,
+            replace(state, vectors=(state.vectors[0], start)),
+            source,
+            fresh=not warm_start,
+            tol=tol,
+            most_failures=MAX_FAILURES,
+            singly=callback is not None,
+        )
     reason = f"all {steps} steps were taken"
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
@@ -156,7 +170,12 @@ def solve(
                 state = replace(state, vectors=(state.vectors[0], start))
             try:
                 batches = batches or ranks.read(source.next)
-                state, record = method.step(problem, state, *batches)
+                if chunks is None:
+                    state, record = method.step(problem, state, *batches)
+                    records = [record]
+                else:
+                    limit = min(steps - state.k, checkpoint_every - state.k % checkpoint_every)
+                    state, records = chunks(state, batches, limit)
             except Exception as error:
                 if not history or (ranks.size > 1 and not is_agreed(error)):
                     raise  # the other ranks wait elsewhere, and end when this one does
@@ -166,8 +185,8 @@ def solve(
                     f"{reason}; the result holds the last good point.", RuntimeWarning, stacklevel=2
                 )
                 break
-            batches = None
-            history.append(record)
+            batches, record = None, records[-1]  # the one that may end the run
+            history += records
             saver.note(state, history)
             bar.update(record)
             if record.failure is not None and (

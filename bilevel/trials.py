@@ -73,8 +73,10 @@ class Trials:
         if self._follow is None or t == 0:
             return self._y
         if bent:  # the tangent along the arc that the projection bends
-            return self._h.respond(xt - self._x)[1](1.0, xt)
-        return self._follow(t, xt)
+            yt, trusted = self._h.respond(xt - self._x)[1](1.0, xt)
+        else:
+            yt, trusted = self._follow(t, xt)
+        return yt if bool(trusted) else None
 
     def phi(self, t: float) -> Tensor:
         xt, yt = self.reach(t)

@@ -66,8 +66,8 @@ def tangent_slope(method, case: Case) -> None:
         slope, follow = h.respond(d)
 
         def phi(t: float, d=d, follow=follow) -> float:
-            y = follow(t, X + t * d)
-            assert y is not None
+            y, trusted = follow(t, X + t * d)
+            assert bool(trusted)
             return float(oracle.value("outer", X + t * d, y, Draw()))
 
         near, far = phi(1.0) - phi(-1.0), phi(2.0) - phi(-2.0)

@@ -69,7 +69,7 @@ def wrong_way(h, *rest):
     def backwards(d):
         slope, follow = respond(d)
         y = rest[2]
-        return slope, lambda t, xt: None if follow(t, xt) is None else 2 * y - follow(t, xt)
+        return slope, lambda t, xt: (2 * y - follow(t, xt)[0], follow(t, xt)[1])
 
     h.respond = backwards
     return h

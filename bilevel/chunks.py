@@ -1,0 +1,308 @@
+"""``compile=True``: outer iterations taken in a compiled graph, several to a call."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilevel.average import Average
+from bilevel.distributed import Ranks
+from bilevel.hypergradients import Implicit
+from bilevel.layout import leaves, rebuild
+from bilevel.linear import StochasticNeumann
+from bilevel.method import Method, State, _failure
+from bilevel.problem import Cost, Oracle, Problem
+from bilevel.randomness import Randomness, all_generators, restore_generators
+from bilevel.record import Record
+from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
+
+SLOTS = 64  # iterations in one call at most
+ROOM = 2**26  # bytes of batches in one call at most
+WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
+
+Batches = tuple[Any, list[Any], "list[Any] | None"]  # outer, inner, Hessian
+
+
+class Chunks:
+    """Iterations in the graph where they can be, and as the method takes them where not.
+
+    The first iteration of a run is plain, after which the state has all its parts; so are those
+    whose batches have other shapes than the first, and those in which a Polyak rule measures.
+
+    Args:
+        source: of the batches, with ``next``, ``state_dict`` and ``load_state_dict``.
+        fresh: whether y starts at that of ``state`` in every iteration.
+        tol, most_failures: what ends a run, see :func:`bilevel.solve`.
+        singly: one iteration to a call, for someone who looks in between.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        problem: Problem,
+        state: State,
+        source: Any,
+        *,
+        fresh: bool,
+        tol: float | None,
+        most_failures: int,
+        singly: bool,
+    ) -> None:
+        self.method, self.problem, self.source = method, problem, source
+        self.fresh, self.start = fresh, state.vectors[1]
+        ends = (-1.0 if tol is None else tol, most_failures)
+        self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
+        self.slots = 1 if singly else SLOTS
+        self.seconds = 0.0  # of one iteration, as last seen
+        self._graph: Callable[..., Any] | None = None
+        self._form: Any = None  # of the batches of an iteration
+        self._stacks: list[list[Tensor]] = []
+        self.usable = True
+        if reason := _unfit(method, problem, state):
+            self._refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
+        self.usable = False
+        warnings.warn(
+            f"compile=True does not serve whole iterations here, because {reason}; going on with "
+            f"compiled derivatives alone, to the same result.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+    def __call__(self, state: State, batches: Batches, limit: int) -> tuple[State, list[Record]]:
+        """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
+        count = self._count(state, limit)
+        form, tensors = _parts(batches) if count else (None, [])
+        if count and self._graph is None:
+            self._prepare(state, batches, form, tensors)
+        if count and self.usable and form == self._form:
+            if found := self._several(state, tensors, min(count, self.slots)):
+                return found
+        state, record = self.method.step(self.problem, state, *batches)
+        return state, [record]
+
+    def _count(self, state: State, limit: int) -> int:
+        """How many iterations from here on can be in the graph."""
+        if not self.usable or state.k == 0 or state.q is None:
+            return 0
+        rules = (
+            (self.method.outer_rule, state.outer_last),
+            (self.method.inner_rule, state.inner_last),
+        )
+        measuring = [(r, last) for r, last in rules if isinstance(r, Polyak)]
+        limit = min(limit, SLOTS, int(WAIT / self.seconds) if self.seconds else SLOTS)
+        for ahead in range(max(1, limit)):
+            if any(rule.searches(state.k + ahead, last) for rule, last in measuring):
+                return ahead
+        return max(1, limit)
+
+    def _prepare(self, state: State, batches: Batches, form: Any, tensors: Any) -> None:
+        """The function and the room for the batches; or a refusal."""
+        if form is None:
+            return self._refuse("its batches are not (nests of) tensors of the same shapes")
+        randomness = Randomness(self.start.device)
+        before = randomness.state()
+        self.method.step(self.problem, state, *batches)  # to see, and for nothing else
+        if any(not torch.equal(*pair) for pair in zip(before, randomness.state(), strict=True)):
+            randomness.restore(before)
+            return self._refuse("a loss draws random numbers, which a graph would draw otherwise")
+        from bilevel.graph import Iterations  # torch.compile is slow to import
+
+        room = sum(t.nbytes for level in tensors for batch in level for t in batch)
+        self.slots = max(1, min(self.slots, ROOM // max(1, room)))
+        self._form = form
+        self._stacks = [
+            [t.new_empty(self.slots * len(level), *t.shape) for t in (level[0] if level else ())]
+            for level in tensors
+        ]
+        firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
+        iterations = Iterations(
+            self.method,
+            Oracle(self.problem, *state.layouts),
+            tuple(_skeleton(batch) for batch in firsts),
+            (len(tensors[1]), len(tensors[2])),
+            self.slots,
+            len(batches[1]),
+            state.moments.m is not None,
+            state.average is not None,
+            self.fresh,
+        )
+        self._graph = torch.compile(
+            iterations.__call__, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
+        )
+
+    def _several(self, state: State, first: Any, count: int) -> tuple[State, list[Record]] | None:
+        """As many iterations as the graph takes, or None where it cannot be compiled."""
+        began = time.perf_counter()
+        position = self.source.state_dict(), all_generators(self.start.device)
+        drawn, asked = [first], 1
+        while len(drawn) < count:
+            asked += 1
+            try:
+                form, tensors = _parts(self.source.next())
+            except Exception:  # to come again after those that have their batches
+                break
+            if form != self._form:
+                break
+            drawn.append(tensors)
+        outcome = self._run(state, drawn)
+        taken = int(outcome[0]) if outcome else 1
+        if taken < asked:  # the source must not be ahead of the state
+            self.source.load_state_dict(position[0])
+            restore_generators(position[1], self.start.device)
+            for _ in range(taken - 1):
+                self.source.next()
+        if outcome is None:
+            return None
+        self.seconds = (time.perf_counter() - began) / taken
+        return self._unpack(state, outcome, taken, began)
+
+    def _run(self, state: State, drawn: Sequence[Any]) -> tuple[Tensor, ...] | None:
+        assert self._graph is not None
+        for level, stacks in enumerate(self._stacks):
+            for j, stack in enumerate(stacks):
+                rows = [batch[j] for iteration in drawn for batch in iteration[level]]
+                torch.stack(rows, out=stack[: len(rows)])
+        average, moments = state.average, state.moments
+        lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
+        terms, gain = (average.terms, average.gain) if average else (0, 0.0)
+        scalars = torch.tensor(
+            [state.k, *lasts, moments.n, terms, gain, state.failures], dtype=torch.float64
+        )
+        vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
+        given = [t for t in vectors if t is not None]
+        count = torch.tensor(len(drawn))
+        try:
+            with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's, of its own parts
+                return self._graph(count, *self.ends, self.start, self._stacks, scalars, given)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            self._refuse(f"they cannot be compiled ({type(error).__name__}: {first})")
+            return None
+
+    def _unpack(
+        self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float
+    ) -> tuple[State, list[Record]]:
+        """The outcome of the graph as a state and records, as the plain path makes them."""
+        from bilevel.graph import COLUMNS, SCALARS
+
+        _, _, rows, scalars, x, y, q, *rest = outcome
+        k, outer_last, inner_last, n, terms, gain, failures = scalars.tolist()
+        assert len(SCALARS) == scalars.numel()
+        moments = state.moments
+        if moments.m is not None:
+            moments = Moments(rest[0], rest[1], int(n))
+        average = state.average and Average(rest[-2], rest[-1], int(terms), gain)
+        cost = state.cost
+        spent = time.perf_counter() - began
+        records = []
+        for j, values in enumerate(rows[:taken].tolist()):
+            row = dict(zip(COLUMNS, values, strict=True))
+            cost = Cost(
+                cost.gradients + int(row["gradients"]),
+                cost.hessian_products + int(row["hessian_products"]),
+                cost.loss_evaluations + int(row["loss_evaluations"]),
+            )
+            move = Move(row["outer_step"], None, int(row["outer_trials"]), bool(row["failed"]))
+            value, inner_value, norm = row["value"], row["inner_value"], row["norm"]
+            records.append(
+                Record(
+                    k=state.k + j,
+                    outer_loss=value,
+                    inner_loss=inner_value,
+                    hypergrad_norm=norm,
+                    outer_step=row["outer_step"],
+                    inner_step=row["inner_step"],
+                    outer_trials=move.trials,
+                    inner_trials=int(row["inner_trials"]),
+                    inner_failures=int(row["inner_failures"]),
+                    residual=row["residual"],
+                    gradients=cost.gradients,
+                    hessian_products=cost.hessian_products,
+                    loss_evaluations=cost.loss_evaluations,
+                    seconds=state.seconds + spent * (j + 1) / taken,
+                    failure=_failure(value, inner_value, norm, row["finite"], move),
+                )
+            )
+        new = State(
+            state.layouts,
+            (x, y),
+            int(k),
+            None if math.isnan(outer_last) else outer_last,
+            None if math.isnan(inner_last) else inner_last,
+            moments,
+            q,
+            average,
+            state.solver,
+            cost,
+            state.seconds + spent,
+            int(failures),
+        )
+        return new, records
+
+
+def _unfit(method: Method, problem: Problem, state: State) -> str | None:
+    """Why the iterations of a method cannot be in one graph; None: they may."""
+    hypergradient, rules = method.hypergradient, (method.outer_rule, method.inner_rule)
+    device = state.vectors[1].device
+    if type(hypergradient) is not Implicit:
+        return f"{hypergradient!r} is not Implicit(...)"
+    if isinstance(hypergradient.solver, StochasticNeumann) and hypergradient.solver.form != "sum":
+        return f"{hypergradient.solver!r} draws a random number"
+    if any(type(rule) not in (Armijo, Fixed, Polyak) for rule in rules):
+        return f"the step-size rules {rules!r} are not all known to the graph"
+    if method.response == "refine":
+        return "the response 'refine' takes inner steps inside the search"
+    if method.inner_solver is not None:
+        return "an inner_solver is a program of its own"
+    if problem.project is not None:
+        return "a projection is a program of its own"
+    if device.type != "cpu":
+        return f"the variables are on {device}, and loops of a graph run on the CPU"
+    return "several ranks solve the problem" if Ranks(device).size > 1 else None
+
+
+def _parts(batches: Batches) -> tuple[Any, list[list[Sequence[Tensor]]]]:
+    """The form of one iteration's batches, which others must have as well to be stacked with it,
+    and the tensors: of each level, of each of its batches. None where there is something else."""
+    outer, inner, hessian = batches
+    if all(batch is inner[0] for batch in inner):
+        inner = inner[:1]
+    form, found = [], []
+    for level in ([outer], inner, hessian or [None]):
+        pieces = [_tensors(batch) for batch in level]
+        forms = [kind and (kind, [(t.shape, t.dtype, t.device) for t in ts]) for kind, ts in pieces]
+        if forms[0] is None or any(f != forms[0] for f in forms):
+            return None, []
+        form.append((len(level), forms[0]))
+        found.append([ts for _, ts in pieces] if pieces[0][1] else [])
+    return form, found
+
+
+def _tensors(batch: Any) -> tuple[Any, Sequence[Tensor]]:
+    """(its structure, its tensors) of a batch; (None, ...) where it holds anything else."""
+    if batch is None:
+        return "nothing", ()
+    if type(batch) is tuple or type(batch) is list:  # the usual ones, at once
+        kind: Any = len(batch)
+        tensors: Sequence[Any] = batch
+        if all(isinstance(t, Tensor) for t in tensors):
+            return (type(batch), kind), tensors
+    pairs = list(leaves(batch, ""))
+    tensors = [leaf for _, leaf in pairs]
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        return None, ()
+    return (type(batch), tuple(path for path, _ in pairs)), tensors
+
+
+def _skeleton(batch: Any) -> Any:
+    return None if batch is None else rebuild(batch, iter([None] * len(list(leaves(batch, "")))))

@@ -1,0 +1,413 @@
+"""One outer iteration in tensors alone, to be compiled whole, and a loop of several around it.
+
+A small problem is bound by dispatch: what Python does between two operations costs more than they
+do. So here the searches and the conjugate gradients are loops of the graph, and nothing looks at
+the host. :meth:`bilevel.method.Method._step` is the plain form of the same iteration, and its
+oracle: the two agree to rounding, counters included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+from torch.func import grad_and_value
+
+from bilevel.average import Average
+from bilevel.compiled import second_derivatives
+from bilevel.hypergradients import Estimate, Implicit
+from bilevel.layout import rebuild
+from bilevel.linear import ConjugateGradient, Product, Solver
+from bilevel.method import LAG, Method
+from bilevel.problem import Draw, Oracle
+from bilevel.rules import Armijo, Fixed, Moments, Polyak, Rule
+from bilevel.steps import envelope, polyak, schedule
+
+# what goes from one iteration to the next beside the vectors, as one vector of float64; a step
+# that there is not yet is NaN
+SCALARS = ("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures")
+# what is reported of each, as one row of float64
+COLUMNS = (
+    *("value", "inner_value", "norm", "outer_step", "inner_step", "residual", "finite"),
+    *("outer_trials", "inner_trials", "inner_failures", "failed"),
+    *("gradients", "hessian_products", "loss_evaluations"),
+)
+
+Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # size, last, trials, failed, evaluations
+Phi = Callable[[Tensor], tuple[Tensor, "Tensor | int"]]  # t -> phi(t), evaluations of a loss
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """The function to compile: as many outer iterations as there are batches.
+
+    Args:
+        skeletons: of one outer, inner and Hessian batch: a tree of None each, or None.
+        counts: of inner and Hessian batches in one iteration.
+        slots: iterations in one call at most.   steps: inner steps in each.
+        moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
+    """
+
+    method: Method
+    oracle: Oracle
+    skeletons: tuple[Any, Any, Any]
+    counts: tuple[int, int]
+    slots: int
+    steps: int
+    moments: bool
+    averaged: bool
+    fresh: bool
+
+    def __call__(
+        self,
+        count: Tensor,
+        tol: Tensor,
+        most_failures: Tensor,
+        start: Tensor,
+        stacks: list[list[Tensor]],
+        scalars: Tensor,
+        vectors: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """(iterations taken, whether the run goes on, rows, scalars, *vectors)."""
+
+        def going(i: Tensor, go: Tensor, *rest: Tensor) -> Tensor:
+            return go & (i < count)
+
+        def once(
+            i: Tensor, go: Tensor, rows: Tensor, scalars: Tensor, *vectors: Tensor
+        ) -> tuple[Tensor, ...]:
+            row, new_scalars, new_vectors = self._once(i, start, stacks, scalars, vectors)
+            cells = dict(zip(COLUMNS, row, strict=True))
+            failures = new_scalars[SCALARS.index("failures")]
+            failed, numbers = cells["failed"] > 0, cells["finite"] > 0
+            go = numbers & (failures < most_failures) & (failed | (cells["norm"] > tol))
+            rows = rows.index_copy(0, i[None], torch.stack(row)[None])
+            return i + 1, go, rows, new_scalars, *new_vectors
+
+        rows = torch.zeros(self.slots, len(COLUMNS), dtype=torch.float64)
+        state = (torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), rows)
+        return while_loop(going, once, (*state, scalars.clone(), *(t.clone() for t in vectors)))
+
+    def _draw(self, level: int, stacks: list[list[Tensor]], index: Tensor) -> Draw:
+        """The batch at an index of the stacks of the outer, inner or Hessian batches."""
+        if not stacks[level]:
+            return Draw(None)
+        picked = [stack.index_select(0, index.reshape(1)).squeeze(0) for stack in stacks[level]]
+        return Draw(rebuild(self.skeletons[level], iter(picked)))
+
+    def _once(
+        self,
+        i: Tensor,
+        start: Tensor,
+        stacks: list[list[Tensor]],
+        scalars: Tensor,
+        vectors: Sequence[Tensor],
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        x, before, q, *rest = vectors
+        k, outer_last, inner_last, n, terms, gain, failures = scalars.unbind()
+        oracle = _Traced(self.oracle)
+        outer = self._draw(0, stacks, i)
+        hessian = [
+            self._draw(2, stacks, i * self.counts[1] + j) for j in range(max(1, self.counts[1]))
+        ]
+
+        # the inner steps
+        def inner(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            last, spoiled, _, trials, failures = tally.unbind()
+            draw = self._draw(1, stacks, i * self.counts[0] + t % max(1, self.counts[0]))
+            value, gy = oracle.inner_gradient(x, y, draw)
+
+            def phi(t: Tensor) -> tuple[Tensor, int]:
+                return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
+
+            found = _move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
+            size, last, more, failed, _ = found
+            value = value.double() + 0 * spoiled  # NaN from the first on that is not finite
+            tally = torch.stack([last, value, size, trials + more, failures + failed])
+            return t + 1, y - size.to(y.dtype) * gy, tally
+
+        nothing = torch.zeros((), dtype=torch.float64)
+        tally = torch.stack([inner_last, nothing, nothing, nothing, nothing])
+        carry = (torch.zeros((), dtype=torch.int64), (start if self.fresh else before) + 0, tally)
+        if self.steps == 1:
+            _, y, tally = inner(*carry)
+        else:
+            _, y, tally = while_loop(lambda t, y, tally: t < self.steps, inner, carry)
+        inner_last_new, spoiled, beta, inner_trials, inner_failures = tally.unbind()
+
+        # the hypergradient
+        solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
+        h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
+        solver.counts.append(1)  # the cross term
+        assert h.inner_value is not None and h.q is not None and h.residual is not None
+        m, v = rest[:2] if self.moments else (None, None)
+        d, moved = self.method.direction(h.grad, Moments(m, v, n))  # type: ignore[arg-type]
+
+        # the outer step
+        rule, follow = self.method.outer_rule, None
+        slope = torch.dot(h.grad, d)
+        if isinstance(rule, Armijo):
+            if self.method.response == "frozen":
+                slope = torch.dot(h.direct, d)
+            else:
+                slope, follow = h.respond(d)
+                solver.counts.append(1)  # g_yx d
+
+        def reach(t: Tensor) -> tuple[Tensor, Tensor, Tensor | bool]:
+            t = t.to(x.dtype)
+            xt = x + t * d
+            yt, trusted = follow(t, xt) if follow is not None else (y, True)
+            return xt, torch.where(t > 0, yt, y), trusted
+
+        def phi(t: Tensor) -> tuple[Tensor, Tensor | int]:
+            xt, yt, trusted = reach(t)
+            value = oracle.value("outer", xt, yt, outer)
+            if follow is None:
+                return value, 1
+            assert isinstance(trusted, Tensor)
+            return torch.where(trusted, value, torch.inf), trusted + 2
+
+        found = _move(rule, h.value, slope, phi, k, outer_last)
+        alpha, outer_last_new, outer_trials, failed, evaluations = found
+        new_x, new_y, _ = reach(alpha)
+        failed = failed > 0
+
+        # what is kept: all of it, or, where numbers are not finite, nothing
+        norm = torch.linalg.vector_norm(h.grad)
+        inner_value = h.inner_value + 0 * spoiled.to(x.dtype)
+        finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
+        finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
+        if self.method.corrects:
+            assert h.lag is not None
+            behind = h.lag.double().abs() > LAG * alpha * slope.double().abs()
+            judge = self._draw(1, stacks, i * self.counts[0])
+            new_y, products, looks = _corrected(
+                oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver.solver
+            )
+            solver.counts.append(products)
+            evaluations = evaluations + looks
+        kept = [torch.where(failed, x, new_x), torch.where(failed, y, new_y), h.q]
+        if self.moments:
+            assert moved.m is not None and moved.v is not None
+            kept += [moved.m, moved.v]
+        if self.averaged:
+            ax, ay = rest[-2:]
+            difference = (h.value - oracle.value("outer", ax, ay, outer)).double()
+            seen = difference.isfinite()
+            judged = Average(ax, ay, terms, gain).compare(difference)  # type: ignore[arg-type]
+            added = Average(ax, ay, terms.to(x.dtype)).add(oracle, x, y)  # type: ignore[arg-type]
+            kept += [torch.where(seen, added.x, x), torch.where(seen, added.y, y)]
+            terms = torch.where(finite, torch.where(seen, terms + 1, 1.0), terms)
+            gain = torch.where(finite, torch.where(seen, judged.gain, 0.0), gain)
+        new_vectors = [
+            torch.where(finite, new, old)
+            for new, old in zip(kept, [x, before, q, *rest], strict=True)
+        ]
+        new_scalars = torch.stack(
+            [
+                k + 1,
+                torch.where(finite, outer_last_new, outer_last),
+                torch.where(finite, inner_last_new, inner_last),
+                torch.where(finite, n + 1, n) if self.moments else n,
+                terms,
+                gain,
+                torch.where(finite & failed, failures + 1, 0.0),
+            ]
+        )
+        row = {
+            "value": h.value,
+            "inner_value": inner_value,
+            "norm": norm,
+            "outer_step": alpha,
+            "inner_step": beta,
+            "residual": h.residual,
+            "finite": finite,
+            "outer_trials": outer_trials,
+            "inner_trials": inner_trials,
+            "inner_failures": inner_failures,
+            "failed": failed,
+            "gradients": torch.full((), self.steps + 2),
+            "hessian_products": sum(solver.counts, nothing),
+            "loss_evaluations": inner_trials + evaluations + int(self.averaged),
+        }
+        return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
+
+
+def _corrected(
+    oracle: _Traced,
+    behind: Tensor,
+    x: Tensor,
+    y: Tensor,
+    h: Estimate,
+    judge: Draw,
+    solver: Solver,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bilevel.method.corrected` where y is behind: y, products and evaluations."""
+
+    def correct(go: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
+        assert h.newton is not None
+        counted = _Counted(solver)
+        s = h.newton(counted)
+        products = torch.zeros_like(counts[0]) + sum(counted.counts)
+        stay, whole, quarter = (
+            oracle.value("inner", x, y + t * s, judge) for t in (0.0, 1.0, 0.25)
+        )
+        size = torch.where(whole < stay, 1.0, torch.where(quarter < stay, 0.25, 0.0))
+        looks = torch.where(whole < stay, 2.0, 3.0)
+        return ~go, y + size.to(y.dtype) * s, torch.stack([products, looks.double()])
+
+    nothing = torch.zeros(2, dtype=torch.float64)
+    _, y, counts = while_loop(
+        lambda go, y, counts: go.clone(), correct, (behind, y.clone(), nothing)
+    )
+    return y, counts[0], counts[1]
+
+
+def _move(rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor) -> Found:
+    """``rule`` along a line, as numbers of float64."""
+    nothing = torch.zeros((), dtype=torch.float64)
+    if isinstance(rule, Armijo):
+        return _search(rule, value, slope, phi, last)
+    if isinstance(rule, Fixed):
+        return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
+    assert isinstance(rule, Polyak)
+    upper: Any = last.nan_to_num(0.0) if rule.upper is None else nothing + rule.upper
+    lower: Any = rule.lower * upper if rule.upper is None else nothing + rule.lower
+    gap = value - rule.lower_bound
+    step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, rule.c)).double()
+    size = envelope(step, schedule(lower, k), schedule(upper, k))
+    return torch.where(slope < 0, size, 0.0), last, nothing, nothing, nothing
+
+
+def _search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) -> Found:
+    """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph."""
+    rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
+    value, slope = value.double(), slope.double()
+    sound = value.isfinite() & slope.isfinite()
+    descends = sound & (slope < 0)
+    allowed = rounding + rule.slack * value.abs()
+    first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
+    start = torch.where(first, rule.initial, last * (rule.growth if rule.reset == "grow" else 1))
+    decrease = -slope * start
+    lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
+    far = lost & (decrease > 0)
+    start = torch.where(far, start * 8 * rounding / decrease, torch.where(lost, last, start))
+    growing = first & (rule.reset != "fixed")
+    nothing = torch.zeros_like(value)
+
+    def going(tally: Tensor) -> Tensor:
+        return tally[-1] == 0
+
+    def trial(tally: Tensor) -> tuple[Tensor]:
+        t, best, lowest, accepted, growing, far, left, trials, evaluations, _ = tally.unbind()
+        accepted, growing, far = accepted > 0, growing > 0, far > 0
+        seen, cost = phi(t)
+        seen = seen.double()
+        ok = seen.isfinite() & (seen <= value + rule.c * t * slope + allowed)
+        better = ok & growing & (~accepted | (seen < lowest))
+        taken = ok & ~accepted & ~better
+        refused = ~ok & ~accepted
+        best = torch.where(better | taken, t, best)
+        lowest = torch.where(better | taken, seen, lowest)
+        left = left - torch.where(far, 0.0, 1.0)
+        done = taken | (accepted & ~better) | (left <= 0)
+        smaller = torch.where(far, last, 0.5 * t)
+        t = torch.where(better, 2.0 * t, torch.where(refused, smaller, t))
+        accepted, growing, far = accepted | better | taken, growing & ~refused, far & ~refused
+        new = [t, best, lowest, accepted, growing, far, left, trials + 1, evaluations + cost, done]
+        return (torch.stack([n.double() for n in new]),)
+
+    tally = [start, nothing, value, nothing, growing, far, nothing + rule.max_trials]
+    tally += [nothing, nothing, ~descends]
+    (found,) = while_loop(going, trial, (torch.stack([n.double() for n in tally]),))
+    _, best, _, accepted, _, _, _, trials, evaluations, _ = found.unbind()
+    size = torch.where(accepted > 0, best, 0.0)
+    failed = ~sound | (descends & (accepted == 0))
+    return size, torch.where(accepted > 0, best, last), trials, failed.double(), evaluations
+
+
+class _Traced:
+    """What an estimate asks of :class:`Oracle`, inside a graph and without counting."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+
+    def _loss(self, level: str, draw: Draw) -> Callable[[Tensor, Tensor], Tensor]:
+        batch = self._oracle._batch(level, draw)
+        return lambda x, y: self._oracle.call(level, x, y, batch)
+
+    def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        return self._loss(level, draw)(x, y)
+
+    def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        (fx, fy), value = grad_and_value(self._loss("outer", draw), argnums=(0, 1))(x, y)
+        return value, fx, fy
+
+    def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        gy, value = grad_and_value(self._loss("inner", draw), argnums=1)(x, y)
+        return value, gy
+
+    def record(self, x: Tensor, y: Tensor, draw: Draw) -> _TracedProducts:
+        return _TracedProducts(self, x, y, draw)
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _TracedProducts:
+    """:class:`bilevel.problem.Products` in a graph; each product linearises anew."""
+
+    def __init__(self, oracle: _Traced, x: Tensor, y: Tensor, draw: Draw) -> None:
+        self.value, self.gradient = oracle.inner_gradient(x, y, draw)
+        self._point = x, y
+        loss = oracle._loss("inner", draw)
+        self._functions = second_derivatives(lambda x, y, batch: loss(x, y))
+
+    def product(self, u: Tensor) -> Tensor:
+        return self._functions["product"](*self._point, u, ())
+
+    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self._functions["both"](*self._point, u, ())
+
+    def forward(self, d: Tensor) -> Tensor:
+        return self._functions["forward"](*self._point, d, ())
+
+
+class _Counted:
+    """A solver with its products counted; conjugate gradients as a loop of the graph."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver = solver
+        self.counts: list[Tensor | int] = []
+
+    @property
+    def warm_start(self) -> bool:
+        return getattr(self.solver, "warm_start", False)
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None) -> Tensor:
+        solver = self.solver
+        if not isinstance(solver, ConjugateGradient):
+
+            def counted(u: Tensor, *index: int) -> Tensor:
+                self.counts.append(1)
+                return product(u, *index)
+
+            return solver(counted, b, q0)
+
+        def going(i: Tensor, *state: Tensor) -> Tensor:
+            return (i < solver.steps) & state[-1]
+
+        def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return i + 1, *solver.advance(product, b, state)
+
+        state = [part.clone() for part in solver.begin(product, b, q0)]
+        if solver.steps == 1:  # a loop costs more than its only step
+            steps, (q, *_) = state[-1].long(), solver.advance(product, b, tuple(state))
+        else:
+            steps, q, *_ = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
+        self.counts.append(steps + int(q0 is not None))
+        return q

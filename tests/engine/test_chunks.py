@@ -1,0 +1,173 @@
+"""Whole iterations in a compiled graph against the plain ones, and where they cannot be."""
+
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bilevel
+from bilevel import chunks
+from bilevel.chunks import Chunks
+from bilevel.hypergradients import Implicit
+from bilevel.linear import ConjugateGradient, Neumann
+
+pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
+
+A = torch.randn(44, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+LABELS = (A @ torch.arange(5.0, dtype=torch.float64)).sign()
+START = torch.zeros(5, dtype=torch.float64)
+
+
+def outer(x, y, batch):
+    features, labels = batch
+    return F.softplus(-labels * (features @ y)).mean()
+
+
+def inner(x, y, batch):
+    return outer(x, y, batch) + 0.5 * (x.exp() * y * y).sum()
+
+
+def batches(size, stop):
+    return [(A[i : i + size], LABELS[i : i + size]) for i in range(0, stop, size)]
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """A step of gradient descent on the linear system, as a user would write it."""
+
+    warm_start = True
+
+    def __call__(self, product, b, q0):
+        q = torch.zeros_like(b) if q0 is None else q0
+        return q - 0.3 * (product(q) - b)
+
+
+SOBA = bilevel.fixed("sgd", 0.05, 0.3, Implicit(OneStep()), decay=0.5)
+METHODS = {
+    "bisls-adam": (bilevel.bisls("adam"), {"inner_steps": 3}),
+    "bisls-sgd, fresh": (
+        bilevel.bisls("sgd", slack=0.01, reset="last", response="frozen"),
+        {"warm_start": False, "inner_steps": 2},
+    ),
+    "bisps": (bilevel.bisps(hypergradient=Implicit(Neumann(4))), {"inner_steps": 1}),
+    "adam": (
+        bilevel.fixed("adam", hypergradient=Implicit(ConjugateGradient(1, 0.0))),
+        {"inner_steps": 2},
+    ),
+    "soba": (SOBA, {"inner_steps": 1}),
+}
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many iterations each call of the graph took."""
+    found = []
+    several = Chunks._several
+
+    def spy(*args):
+        outcome = several(*args)
+        found.append(None if outcome is None else len(outcome[1]))
+        return outcome
+
+    monkeypatch.setattr(Chunks, "_several", spy)
+    monkeypatch.setattr(chunks, "SLOTS", 4)
+    monkeypatch.setattr(chunks, "WAIT", 1e9)
+    return found
+
+
+def solve(method, compile, **options):
+    options = {"outer_data": batches(8, 40), "inner_data": batches(8, 24), "steps": 14} | options
+    loss = options.pop("outer", outer)
+    return bilevel.solve(loss, inner, START, START, method=method, compile=compile, **options)
+
+
+def assert_alike(fast, plain):
+    assert fast.reason == plain.reason
+    for one, other in zip(fast.history, plain.history, strict=True):
+        for name in set(one.keys()) - {"seconds"}:
+            if isinstance(other[name], float):
+                assert one[name] == pytest.approx(other[name], rel=1e-7, abs=1e-12, nan_ok=True)
+            else:  # counters, words
+                assert one[name] == other[name], name
+    torch.testing.assert_close(fast.x, plain.x, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(fast.y, plain.y, rtol=1e-8, atol=1e-12)
+    assert fast.state.k == plain.state.k and fast.state.failures == plain.state.failures
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_iterations_in_the_graph_equal_plain_ones(name, taken):
+    method, options = METHODS[name]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast = solve(method, True, **options)
+    assert not any("compile=True" in str(w.message) for w in caught)
+    assert sum(taken) >= 9 and max(taken) > 1
+    assert_alike(fast, solve(method, False, **options))
+
+
+def test_a_run_ends_where_the_plain_one_does(taken, tmp_path):
+    """By tol within a call: neither iterations nor batches beyond it."""
+    norms = [record.hypergrad_norm for record in solve(SOBA, False, inner_steps=1).history]
+    tol = sorted(norms)[3]
+    files = [tmp_path / "fast", tmp_path / "plain"]
+    fast, plain = (
+        solve(SOBA, file is files[0], inner_steps=1, tol=tol, checkpoint=file) for file in files
+    )
+    assert "is at most tol" in fast.reason
+    assert_alike(fast, plain)
+    fast, plain = (torch.load(file)["source"]["outer_data"]["position"] for file in files)
+    assert fast == plain
+
+
+def test_ragged_batches_and_resuming(taken, tmp_path):
+    """Batches of another size are taken plainly; a resumed run has the same bits."""
+    data = {"outer_data": batches(8, 44), "inner_steps": 1}
+    whole = solve(SOBA, True, **data)
+    assert max(taken) > 1 and sum(taken) < 13
+    assert_alike(whole, solve(SOBA, False, **data))
+    path = tmp_path / "c"
+    solve(SOBA, True, steps=9, checkpoint=path, checkpoint_every=2, **data)
+    rest = solve(SOBA, True, checkpoint=path, resume=True, **data)
+    assert torch.equal(rest.x, whole.x) and torch.equal(rest.y, whole.y)
+    assert len(rest.history) == 14
+
+
+def test_numbers_that_are_not_finite_end_it_alike(taken):
+    wild = bilevel.fixed("sgd", 1e200, 0.3, Implicit(OneStep()))
+
+    def quartic(x, y, batch):
+        return outer(x, y, batch) + ((x - 1) ** 4).sum()
+
+    fast, plain = (solve(wild, compile, inner_steps=1, outer=quartic) for compile in (True, False))
+    assert fast.reason == plain.reason and "stopped at iteration" in fast.reason
+    torch.testing.assert_close(fast.x, plain.x)
+
+
+def test_a_callback_sees_every_iteration(taken):
+    seen = []
+    result = solve(
+        SOBA,
+        True,
+        inner_steps=1,
+        callback=lambda state, record: seen.append((state.k, record.k)) or record.k == 5,
+    )
+    assert seen == [(k + 1, k) for k in range(6)] and len(result.history) == 6
+    assert set(taken) == {1}
+
+
+def test_what_does_not_fit_is_told_and_taken_plainly(taken):
+    def dropout(x, y, batch):
+        return outer(x, F.dropout(y, 0.5), batch)
+
+    cases = {
+        "is not Implicit": (bilevel.fixed(hypergradient=bilevel.Unrolled()), {}),
+        "a projection": (SOBA, {"project": lambda x: x.clamp(max=0.5)}),
+        "random numbers": (SOBA, {"outer": dropout}),
+    }
+    for message, (method, options) in cases.items():
+        with pytest.warns(RuntimeWarning, match=f"whole iterations here, because .*{message}"):
+            fast = solve(method, True, steps=3, inner_steps=1, seed=1, **options)
+        assert_alike(fast, solve(method, False, steps=3, inner_steps=1, seed=1, **options))
+    assert not taken

@@ -1,0 +1,63 @@
+"""The benchmarks of speed run, in the small."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import growth, hypergradients, memory, peers, small
+
+
+def rows(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def test_hypergradients(monkeypatch, tmp_path):
+    model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 3))  # noqa: E731
+    monkeypatch.setattr(hypergradients, "MODELS", {"tiny": model})
+    labels = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda high, *a, **o: labels(min(high, 3), *a, **o))
+    options = ["--examples", "6", "--products", "5", "--repeats", "1", "--device", "cpu"]
+    hypergradients.main([*options, "--out", str(tmp_path)])
+    found = {row["method"]: row for row in rows(tmp_path / "hypergradients-cpu.json")}
+    assert found["bilevel ConjugateGradient"]["error"] < 1e-2
+    assert set(peers.PEERS) < set(found)
+    for name in peers.PEERS:  # measured, or how to install it
+        assert found[name]["error"] != "-" or found[name]["note"]
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch):
+    example = hypergradients.example(
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), 4, torch.float32
+    )
+    monkeypatch.setattr(peers, "PEERS", {"absent": ("no_such_package", peers.higher)})
+    assert "pip install" in peers.calls(example, 2)["absent"]
+
+
+def test_small(monkeypatch, tmp_path):
+    """Without the graph, whose compiler takes its time and has tests of its own."""
+    solve = small.bilevel.solve
+    monkeypatch.setattr(
+        small.bilevel, "solve", lambda *a, compile=False, **o: solve(*a, **o, progress=False)
+    )
+    small.main(["--steps", "4", "--repeats", "1", "--out", str(tmp_path)])
+    assert {row["how"] for row in rows(tmp_path / "small.json")} >= {"eager", "compile=True"}
+
+
+def test_memory(tmp_path):
+    found = memory.one("bilevel Unrolled", 3, 4, "cpu")
+    again = memory.one("bilevel Unrolled(recompute=True)", 3, 4, "cpu")
+    assert found["norm"] == pytest.approx(again["norm"], rel=1e-5) and found["MiB"] >= 0
+
+
+def test_growth(monkeypatch, tmp_path):
+    per_iteration = growth.per_iteration
+    monkeypatch.setattr(
+        growth, "per_iteration", lambda *a, **o: per_iteration(*a, **(o | {"compile": False}))
+    )
+    options = ["--repeats", "1", "--iterations", "10", "--largest", "3"]
+    growth.main([*options, "--out", str(tmp_path)])
+    found = rows(tmp_path / "growth.json")
+    assert {row["at"] for row in found if row["what"] == "parameters"} == {100, 1000}
+    assert all(row["ms"] > 0 for row in found)

@@ -33,12 +33,13 @@ CEILING = 10.0  # of the figure
 
 
 class Method(NamedTuple):
-    """How it is made from the parameters and a bound, its panel in the figure, and the decay of
-    its learning rate where it has one."""
+    """How it is made from the parameters and a bound, its panel in the figure, the decay of its
+    learning rate where it has one, and whether it takes the bound at all."""
 
     make: Callable[[list[Tensor], float], Any]
     panel: str
     decay: float | None = None
+    bounded: bool = True
 
 
 METHODS = {
@@ -46,11 +47,11 @@ METHODS = {
     "SLSB": Method(lambda p, b: optim.SLSB(p, max_lr=b), "decreasing bound"),
     "SGD, 1/sqrt(k+1)": Method(torch.optim.SGD, "decreasing bound", 0.5),
     "DecSPS, c0 = 1": Method(lambda p, b: optim.DecSPS(p, max_lr=b), "decreasing bound"),
-    "DecSPS, c0 = 0.1": Method(lambda p, b: optim.DecSPS(p, 0.1, b), "decreasing bound"),
-    "AdaSPS": Method(lambda p, b: optim.AdaSPS(p), "other rules"),
+    "AdaSPS": Method(lambda p, b: optim.AdaSPS(p), "other rules", bounded=False),
     "SPSmax": Method(lambda p, b: optim.SPS(p, max_lr=b), "other rules"),
     "SLS": Method(lambda p, b: optim.SLS(p, max_lr=b), "other rules"),
     "SGD, constant": Method(torch.optim.SGD, "other rules", 0.0),
+    "DecSPS, c0 = 0.1": Method(lambda p, b: optim.DecSPS(p, 0.1, b), "decreasing bound"),
 }
 
 
@@ -166,14 +167,15 @@ def main(argv: list[str]) -> None:
     for setup, steps in zip(STEPS, options.steps, strict=True):
         problems = [problem(setup, seed) for seed in range(options.seeds)]
         for name in options.methods:
+            method = METHODS[name]
             for bound in BOUNDS:
                 cell = {"set-up": setup, "method": name, "bound": bound, "steps": steps}
                 if any(cell.items() <= r.items() and len(r["gaps"]) == options.seeds for r in rows):
                     continue
-                runs = [
-                    descend(METHODS[name], bound, made, seed, steps)
-                    for seed, made in enumerate(problems)
-                ]
+                if method.bounded or bound == BOUNDS[0]:
+                    runs = [
+                        descend(method, bound, p, seed, steps) for seed, p in enumerate(problems)
+                    ]
                 early, late = (list(gaps) for gaps in zip(*runs, strict=True))
                 rows.append({
                     **cell, "gap": statistics.median(late),

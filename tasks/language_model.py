@@ -21,6 +21,7 @@ import optim
 from .cells import Cells, Result, band, spread
 from .cells import add_arguments as add_common
 from .data.tokens import Tokens
+from .dog import DoG
 from .errors import require
 from .figures import Curve
 from .language_models import MODELS, SIZES
@@ -60,6 +61,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "quick": {"steps": 6, "context": 16, "batch": 4, "checkpoint_every": 2},
 }
 ADAM_RATES = (1e-3, 3e-3, 1e-2)
+SGD_RATES = (0.01, 0.1, 1.0, 10.0)
 DECAY = 0.1  # of the weights, where an optimizer has it
 
 
@@ -82,6 +84,7 @@ METHODS: dict[str, Method] = {
     "DecSPS": Method(lambda p, rate, steps: optim.DecSPS(p)),
     "AdaSPS": Method(lambda p, rate, steps: optim.AdaSPS(p)),
     "Polyak, f* = 0": Method(lambda p, rate, steps: optim.SPS(p)),
+    "DoG": Method(lambda p, rate, steps: DoG(p), ours=False),
     "AdamW, linear decay": Method(adamw, ADAM_RATES, linear, clip=1.0, ours=False),
     "AdamW, warmup-stable": Method(adamw, ADAM_RATES, stable, clip=1.0, ours=False),
     "schedule-free AdamW": Method(
@@ -89,8 +92,9 @@ METHODS: dict[str, Method] = {
         ADAM_RATES, ours=False, package="schedulefree",
     ),
     "clipped SGD": Method(
-        lambda p, rate, steps: optim.ClippedSGD(p, rate, max_norm=1.0), (0.1, 1.0, 10.0)
+        lambda p, rate, steps: optim.ClippedSGD(p, rate, max_norm=1.0), SGD_RATES
     ),
+    "SGD": Method(lambda p, rate, steps: torch.optim.SGD(p, rate), SGD_RATES, ours=False),
 }  # fmt: skip
 
 
@@ -248,8 +252,10 @@ def draw_losses(
         curves(path, series, "tokens", y_label, title, log_y=True)
 
 
-def draw_sensitivity(run: Run, results: Results, methods: dict[str, Method], title: str) -> None:
-    """Final validation loss against the learning rate; flat lines where there is none."""
+def draw_sensitivity(
+    run: Run, results: Results, methods: dict[str, Method], title: str, rate: str = "learning rate"
+) -> None:
+    """Final validation loss against the ``rate``; flat lines where there is none."""
     rates = sorted({rate for _, rate in results if rate is not None}) or [1.0]
     begin = max(r["rows"][0]["validation loss"] for runs in results.values() for r in runs)
     series: dict[str, Curve] = {}
@@ -258,7 +264,9 @@ def draw_sensitivity(run: Run, results: Results, methods: dict[str, Method], tit
         runs = [finals(results[name, rate if method.rates else None]) for rate in xs]
         capped = [[min(value, 1.5 * begin) for value in values] for values in runs]
         series[name] = band(xs, list(zip(*capped, strict=True)))
+    flat = any(not method.rates for method in methods.values())
+    x_label = f"{rate} (flat lines: none)" if flat else rate
     curves(
-        run.folder / "sensitivity.png", series, "learning rate (flat lines: none)",
+        run.folder / "sensitivity.png", series, x_label,
         "final validation loss [nats per token]", title, log_x=True, log_y=True,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Black-box distillation: a small language model learns with a teacher's loss as its target.
 
 Of the teacher only its loss on each batch is used, as f_B(x*) in the steps of IAM, IAM-Adam
-(arXiv 2504.01898) and SF-Adam-SPS+ (arXiv 2511.07767). Against SGD with momentum, Adam and
-schedule-free AdamW over a grid of step sizes; for ours the grid is of the cap of the step.
+(arXiv 2504.01898) and SF-Adam-SPS+ (arXiv 2511.07767). Against SGD with momentum and Adam, constant
+and with warm-up and cosine, and schedule-free AdamW over a grid of step sizes; for ours the grid is
+of the cap of the step.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from .training import (
     Fit,
     Method,
     add_text_arguments,
+    cosine,
     count_parameters,
     forward_loss,
     from_hub,
@@ -58,9 +60,10 @@ from .training import (
 )
 
 SUMMARY = """Train a small language model with the loss of a larger one on each batch as the
-target of its Polyak steps: IAM, IAM-Adam and SF-Adam-SPS+ against SGD with momentum, Adam and
-schedule-free AdamW over a grid of step sizes. By default the task trains the teacher itself, on
-the characters of tiny-shakespeare; a teacher of Hugging Face is named by --teacher."""
+target of its Polyak steps: IAM, IAM-Adam and SF-Adam-SPS+ against SGD with momentum, Adam (both
+constant and with a schedule) and schedule-free AdamW over a grid of learning rates. By default the
+task trains the teacher itself, on the characters of tiny-shakespeare; a teacher of Hugging Face is
+named by --teacher."""
 
 PRESETS: dict[str, dict[str, object]] = {
     "default": {"steps": 150},
@@ -73,6 +76,16 @@ PRESETS: dict[str, dict[str, object]] = {
 OWN = "own"
 SHARES = (0.1, 0.3, 1.0)  # of the teacher's training, whose teachers are compared
 ADAM_RATES = (1e-3, 3e-3, 1e-2)
+SGD_RATES = (0.1, 1.0, 3.0, 10.0)
+
+
+def sgd(parameters: Any, rate: float, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, rate, momentum=0.9, dampening=0.9)
+
+
+def adam(parameters: Any, rate: float, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, rate)
+
 
 METHODS: dict[str, Method] = {
     "IAM": Method(lambda p, rate, steps: optim.IAM(p, max_lr=rate), (1.0, 9.0, 90.0), oracle=True),
@@ -86,13 +99,10 @@ METHODS: dict[str, Method] = {
         ),
         (*ADAM_RATES, 0.1), oracle=True,
     ),
-    "SGD, momentum 0.9": Method(
-        lambda p, rate, steps: torch.optim.SGD(p, rate, momentum=0.9, dampening=0.9),
-        (0.1, 1.0, 10.0), ours=False,
-    ),
-    "Adam": Method(
-        lambda p, rate, steps: torch.optim.Adam(p, rate), (*ADAM_RATES, 0.1), ours=False
-    ),
+    "SGD, momentum 0.9": Method(sgd, SGD_RATES, ours=False),
+    "SGD, momentum 0.9, cosine": Method(sgd, SGD_RATES, cosine, ours=False),
+    "Adam": Method(adam, (*ADAM_RATES, 0.1), ours=False),
+    "Adam, cosine": Method(adam, (*ADAM_RATES, 0.1), cosine, ours=False),
     "schedule-free AdamW": Method(
         partial(schedulefree_adamw, betas=(0.9, 0.999)), (*ADAM_RATES, 0.1), ours=False,
         package="schedulefree",
@@ -144,7 +154,7 @@ def run(options: Namespace) -> dict[str, Any]:
 
     title = f"{options.repeats} seed(s): median and range"
     draw_losses(run, options, results, chosen, title)
-    draw_sensitivity(run, results, methods, title)
+    draw_sensitivity(run, results, methods, title, "learning rate or cap of the step")
     by_teacher = [*worse, (qualities[-1], results)]
     if len(by_teacher) > 1 and oracles:
         curves(
@@ -167,7 +177,7 @@ def run(options: Namespace) -> dict[str, Any]:
             "parameters of teacher": count_parameters(teachers[-1]),
             "parameters of student": count_parameters(fresh(0)),
             **({"missing": "; ".join(missing)} if missing else {}),
-            **tables(results, chosen, "student's validation loss", "step size or cap"),
+            **tables(results, chosen, "student's validation loss", "learning rate or cap"),
             "with other teachers": [
                 {"teacher's loss": quality, "method": name, **spread("loss", finals(runs))}
                 for quality, others in worse for (name, _), runs in others.items()

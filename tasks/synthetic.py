@@ -23,14 +23,15 @@ import optim
 from .cells import Cells, Result, band, milestones, spread
 from .cells import add_arguments as add_common
 from .data.batches import generator
+from .dog import DoG
 from .errors import require
 from .figures import panels
 from .files import write_csv
 from .run import start
 
 SUMMARY = """Minimise an (L0, L1)-smooth function of one variable, for L1 = 1, 10, 100, 1000, by
-gradient descent, clipped gradient descent, Polyak, DecSPS, AdaSPS and the inexact Polyak step.
-Six panels: the gap to the minimum against the iteration."""
+gradient descent, clipped gradient descent, Polyak, DecSPS, AdaSPS, DoG and the inexact Polyak step.
+A panel for each: the gap to the minimum against the iteration."""
 
 DATA = ()
 PRESETS: dict[str, dict[str, object]] = {
@@ -85,6 +86,7 @@ METHODS = {
     "Polyak": Method(lambda p, s, T: optim.SPSPlus(p), knows_minimum=True),
     "DecSPS": Method(lambda p, s, T: optim.DecSPS(p)),
     "AdaSPS": Method(lambda p, s, T: optim.AdaSPS(p)),
+    "DoG": Method(lambda p, s, T: DoG(p)),
     "inexact Polyak": Method(lambda p, s, T: optim.InexactPolyak(p, steps=T)),
 }
 
@@ -136,6 +138,7 @@ def run(options: Namespace) -> dict[str, Any]:
         f"L0 = 1, {len(starts)} starts: median and range",
         log_x=True,
         log_y=True,
+        columns=4,
     )
     table = [row(name, L1, *chosen[name][L1]) for name, L1 in product(METHODS, SHARPNESS)]
     write_csv(run.folder / "table.csv", list(table[0]), table)

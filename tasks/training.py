@@ -64,6 +64,11 @@ def stable(share: float) -> float:
     return min((share + 1e-3) / WARMUP, 1.0, (1 - share) / 0.2)
 
 
+def cosine(share: float) -> float:
+    """Warm-up over a tenth of the run, then half a cosine down to zero."""
+    return min((share + 1e-3) / 0.1, (1 + math.cos(math.pi * (share - 0.1) / 0.9)) / 2)
+
+
 def warmup(steps: int) -> int:
     """Steps of warm-up, for optimizers that do it themselves."""
     return max(1, round(WARMUP * steps))

@@ -233,6 +233,9 @@ def test_schedules():
         values = [schedule(k / 100) for k in range(100)]
         assert values[0] < 0.1 and max(values) <= 1 and values[99] < 0.06
         assert abs(values[50] - values[20]) == pytest.approx(0.3 / 0.95 * (1 - constant))
+    values = [training.cosine(k / 100) for k in range(100)]
+    assert values[0] < 0.1 and max(values) == values[10] == 1 and values[99] < 0.01
+    assert values[55] == pytest.approx(0.5) and values[5] == pytest.approx(0.51)
 
 
 def test_a_diverged_run_ends_as_infinite(tmp_path):

@@ -28,6 +28,7 @@ def test_the_derivative_and_the_smoothness(L1):
 def by_hand(name, L1, lr, norm, x, steps, minimum):
     """The gaps, with Python's numbers and the papers' formulas alone."""
     gaps, dec, total, previous = [], math.inf, 0.0, math.inf
+    first, farthest, squares = x, 1e-6 * (1 + abs(x)), 0.0
     for t in range(steps + 1):
         gap, g = L1**2 * x**4 / 72 + x**2 / 4, L1**2 * x**3 / 18 + x / 2
         gaps.append(gap)
@@ -42,6 +43,9 @@ def by_hand(name, L1, lr, norm, x, steps, minimum):
         elif name == "DecSPS":  # gamma_b = 10, c_0 = 1
             dec = min(loss / g**2, 10.0 if t == 0 else dec)
             step = dec / math.sqrt(t + 1)
+        elif name == "DoG":
+            farthest, squares = max(farthest, abs(x - first)), squares + g**2
+            step = farthest / math.sqrt(squares)
         else:
             step = min(loss / g**2 * math.sqrt((gaps[0] + minimum) / total), previous)
             previous = step
@@ -116,7 +120,7 @@ def test_a_run(tmp_path, capsys):
     }  # fmt: skip
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     rows = {(r["method"], r["L1"]): r for r in summary["gaps at the end"]}
-    assert len(rows) == 24
+    assert len(rows) == 28
     polyak = [rows["Polyak", L1]["iterations to 0.01"] for L1 in task.SHARPNESS]
     assert polyak == sorted(polyak) and polyak[-1] < 25
     grown = {r["method"]: r["best gap, times per decade"] for r in summary["from L1 = 10 to 1000"]}

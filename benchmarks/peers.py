@@ -161,14 +161,23 @@ def calls(example: Example, count: int) -> dict[str, Call | str]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old packages, about themselves
                 importlib.import_module(package)
-                call = make(example, count)
-                call()
+            call = _quiet(make(example, count))
+            call()
             found[name] = call
         except ImportError as error:
             found[name] = f"not installed ({error}): {INSTALL}"
         except Exception as error:
             found[name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
     return found
+
+
+def _quiet(call: Call) -> Call:
+    def quiet() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+
+    return quiet
 
 
 def installed(name: str) -> Any:

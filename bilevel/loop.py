@@ -70,7 +70,9 @@ def solve(
         checkpoint: path of a file that is rewritten, atomically, every ``checkpoint_every``
             iterations and at the end; with ``resume``, a run goes on from it if it exists, to the
             same result bit for bit; without, an old file is kept as ``<path>.old``.
-        compile: compile the two losses with torch.compile; falls back, with a warning.
+        compile: take whole iterations in a graph of torch.compile, several to a call: for long
+            runs of small problems, since compiling takes a minute. See docs/speed.md; falls
+            back, with a warning.
         seed: of torch's generators. Same seed, same machine, same bits.
 
     Where ``torch.distributed`` is initialised with several ranks, they solve one problem, whose

@@ -75,17 +75,7 @@ def run(job: Job) -> dict[str, Any]:
     """The true objective at the end, trials and the outer steps taken."""
     torch.set_num_threads(1)
     case = CASES[job.case](job.seed)
-    result = bilevel.solve(
-        case.outer,
-        case.inner,
-        case.x,
-        case.y,
-        method=job.method(),
-        steps=job.steps,
-        inner_steps=INNER,
-        seed=job.seed,
-        **case.data,
-    )
+    result = case.solve(job.method(), steps=job.steps, inner_steps=INNER, seed=job.seed)
     # the iterate: the average of the iterates is an answer of its own
     x = result.state.layouts[0].export(result.state.vectors[0])
     value, answer = case.objective(x), case.objective(result.x)

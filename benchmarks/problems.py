@@ -34,23 +34,19 @@ class Case:
     objective: Callable[[Any], float]
     data: dict[str, Any] = field(default_factory=dict)
 
+    def solve(self, method: bilevel.Method, **options: Any) -> bilevel.Result:
+        """``bilevel.solve`` on it; options: steps, inner_steps, seed, callback."""
+        return bilevel.solve(
+            self.outer, self.inner, self.x, self.y, method=method, **options, **self.data
+        )
+
 
 def outcome(
     case: Case, method: bilevel.Method, steps: int, inner_steps: int, seed: int
 ) -> dict[str, float]:
     """One run: the true objective at its end (inf where there is none) and what it has cost."""
     start = time.perf_counter()
-    result = bilevel.solve(
-        case.outer,
-        case.inner,
-        case.x,
-        case.y,
-        method=method,
-        steps=steps,
-        inner_steps=inner_steps,
-        seed=seed,
-        **case.data,
-    )
+    result = case.solve(method, steps=steps, inner_steps=inner_steps, seed=seed)
     seconds = time.perf_counter() - start
     value, history = case.objective(result.x), result.history
     return {

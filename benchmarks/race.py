@@ -31,18 +31,7 @@ def watched(case: Case, method: bilevel.Method, seed: int) -> Watched:
         value = case.objective(state.x)
         seen.append((value if math.isfinite(value) else math.inf, record))
 
-    bilevel.solve(
-        case.outer,
-        case.inner,
-        case.x,
-        case.y,
-        method=method,
-        steps=STEPS,
-        inner_steps=INNER,
-        seed=seed,
-        callback=look,
-        **case.data,
-    )
+    case.solve(method, steps=STEPS, inner_steps=INNER, seed=seed, callback=look)
     return seen
 
 

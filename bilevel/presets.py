@@ -45,8 +45,8 @@ def bisls(
             value serves.
         slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
             response y(alpha) that the hypergradient differentiates.
-        reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' twice it), 'last',
-            'fixed'.
+        reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' on the tangent
+            twice it), 'last', 'fixed'.
         hypergradient: None: implicit, by conjugate gradients to a relative
             residual of 0.1 in at most 20 steps.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.
@@ -60,8 +60,8 @@ def bisls(
     require.number("bisls", "slack", slack, "[0, inf)")
     require.choice("bisls", "reset", reset, ("grow", "last", "fixed"))
     require.choice("bisls", "response", response, ("tangent", "refine", "frozen"))
-    # small batches lead an Adam direction astray where steps double; along h they do not
-    growth = 1.2 if direction == "adam" else 2.0
+    # small batches lead an Adam direction astray where steps double; along h they do not, if y follows
+    growth = 2.0 if direction == "sgd" and response == "tangent" else 1.2
     return Method(
         f"bisls-{direction}",
         _hypergradient(hypergradient),

@@ -26,6 +26,7 @@ from bilevel.layout import Layout
 from bilevel.linear import curvature
 from bilevel.problem import Draw, Oracle, Problem
 
+RIDGE = 10.0  # outweighs the negative curvature of the networks at their start
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "softmax 784-10": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),
     "mlp 784-256-256-10": mlp,
@@ -47,7 +48,7 @@ def example(model: nn.Module, n: int, dtype: torch.dtype, device: str = "cpu") -
         return F.cross_entropy(outputs, labels, reduction="none")
 
     def inner(x: Tensor, ys: list[Tensor]) -> Tensor:
-        return (x.sigmoid() * losses(ys)).mean() + sum((y * y).sum() for y in ys)
+        return (x.sigmoid() * losses(ys)).mean() + RIDGE * sum((y * y).sum() for y in ys)
 
     def outer(x: Tensor, ys: list[Tensor]) -> Tensor:
         return losses(ys).mean()

@@ -60,7 +60,7 @@ def bisls(
     require.number("bisls", "slack", slack, "[0, inf)")
     require.choice("bisls", "reset", reset, ("grow", "last", "fixed"))
     require.choice("bisls", "response", response, ("tangent", "refine", "frozen"))
-    # small batches lead an Adam direction astray where steps double; along h they do not, if y follows
+    # small batches lead an Adam direction astray where steps double, but not h where y follows
     growth = 2.0 if direction == "sgd" and response == "tangent" else 1.2
     return Method(
         f"bisls-{direction}",

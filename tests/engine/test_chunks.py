@@ -83,7 +83,7 @@ def solve(method, compile, **options):
     return bilevel.solve(loss, inner, START, START, method=method, compile=compile, **options)
 
 
-def assert_alike(fast, plain, rtol=1e-8):
+def assert_alike(fast, plain, rtol=1e-8, atol=1e-12):
     assert fast.reason == plain.reason
     for one, other in zip(fast.history, plain.history, strict=True):
         for name in set(one.keys()) - {"seconds"}:
@@ -95,8 +95,8 @@ def assert_alike(fast, plain, rtol=1e-8):
                 assert one[name] == pytest.approx(other[name], rel=1e-6, abs=1e-12, nan_ok=True)
             else:  # counters, words
                 assert one[name] == other[name], name
-    torch.testing.assert_close(fast.x, plain.x, rtol=rtol, atol=1e-12)
-    torch.testing.assert_close(fast.y, plain.y, rtol=rtol, atol=1e-12)
+    torch.testing.assert_close(fast.x, plain.x, rtol=rtol, atol=atol)
+    torch.testing.assert_close(fast.y, plain.y, rtol=rtol, atol=atol)
     assert fast.state.k == plain.state.k and fast.state.failures == plain.state.failures
 
 
@@ -109,9 +109,9 @@ def test_iterations_in_the_graph_equal_plain_ones(name, taken):
         fast = solve(method, True, steps=steps, **options)
     assert not any("compile=True" in str(w.message) for w in caught)
     assert sum(taken) >= 3 and max(taken) > 1
-    # plain searches on data that differ by 1e-15 end up to 1e-4 apart here
-    rtol = 1e-3 if name.startswith("bisls") else 1e-8
-    assert_alike(fast, solve(method, False, steps=steps, **options), rtol)
+    # plain searches on data that differ by 1e-15 end up to 7e-6 apart in x here, 8e-5 in y
+    apart = {"rtol": 1e-3, "atol": 1e-5} if name.startswith("bisls") else {}
+    assert_alike(fast, solve(method, False, steps=steps, **options), **apart)
 
 
 def test_a_run_ends_where_the_plain_one_does(taken, tmp_path):

@@ -263,6 +263,7 @@ def test_the_script_works_beside_a_users_own_tasks(tmp_path):
 INTERRUPTED = """
 import os, signal, sys, threading, types
 import tasks, tasks.__main__ as cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
 def run(options):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait(60)

@@ -11,7 +11,6 @@ import argparse
 import math
 import os
 import statistics
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 import bilevel
-from benchmarks.contest import INNER, STEPS, decades
-from benchmarks.problems import CASES, quadratic
+from benchmarks.contest import decades
+from benchmarks.problems import CASES, INNER, STEPS, quadratic
 from benchmarks.report import write
 from bilevel.rules import Line, Move, Polyak
+from tasks.cells import spread
 from tasks.figures import heat_maps
 
 CASE = "distillation, batch 256"
@@ -78,10 +78,9 @@ def run(job: Job) -> dict[str, Any]:
     result = case.solve(job.method(), steps=job.steps, inner_steps=INNER, seed=job.seed)
     # the iterate: the average of the iterates is an answer of its own
     x = result.state.layouts[0].export(result.state.vectors[0])
-    value, answer = case.objective(x), case.objective(result.x)
     return {
-        "iterate": value if math.isfinite(value) else math.inf,
-        "objective": answer if math.isfinite(answer) else math.inf,
+        "iterate": case.value(x),
+        "objective": case.value(result.x),
         "trials": statistics.mean(r.outer_trials for r in result.history),
         "sizes": [r.outer_step for r in result.history],
     }
@@ -104,12 +103,6 @@ def best_value(seed: int) -> float:
         dtype=torch.float64,
     )
     return F(-torch.linalg.solve(hessian, gradient.double()))
-
-
-def over(seeds: Iterable[float]) -> dict[str, float]:
-    """Median and range, as columns."""
-    values = list(seeds)
-    return {"median": statistics.median(values), "from": min(values), "to": max(values)}
 
 
 def steps(pool: Any, seeds: int, figure: Path) -> list[dict[str, Any]]:
@@ -189,7 +182,7 @@ def reset(pool: Any, seeds: int) -> list[dict[str, Any]]:
                 {
                     "problem": case,
                     "reset": kind,
-                    **over(f["objective"] for f in found),
+                    **spread("median", [f["objective"] for f in found]),
                     "trials": statistics.median(f["trials"] for f in found),
                     "last step / tenth": statistics.median(
                         statistics.median(f["sizes"][-10:]) / f["sizes"][9] for f in found

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 import bilevel
-from benchmarks.problems import CASES, outcome
+from benchmarks.problems import CASES, INNER, STEPS, outcome
 from benchmarks.report import write
 from benchmarks.rivals import RIVALS
 
-STEPS, INNER = 100, 10
 OURS = ("bisls-adam", "bisls-sgd", "bisps")
 SINGLE_LOOP = ("soba", "ma-soba", "s-tfbo")  # one inner step an iteration, INNER times as many
 FINALISTS = 3
@@ -85,16 +84,15 @@ def run(job: tuple[str, Cell, int]) -> dict[str, float]:
     torch.set_num_threads(1)
     case = CASES[name](seed)
     if cell.method in OURS:
-        return outcome(case, bilevel.loop.PRESETS[cell.method](), STEPS, INNER, seed)
+        return outcome(case, cell.method, STEPS, INNER, seed)
     if cell.method not in RIVALS:
         return outcome(case, cell.fixed(), STEPS, INNER, seed)
     rival = RIVALS[cell.method]
     steps = {"outer_step": cell.outer, "inner_step": cell.inner} if rival.steps else {}
     count = STEPS * (INNER if cell.method in SINGLE_LOOP else 1)
     ended = rival.run(case, steps=count, inner_steps=INNER, seed=seed, **steps)
-    value = case.objective(ended.x)
     return {
-        "objective": value if math.isfinite(value) else math.inf,
+        "objective": case.value(ended.x),
         "gradients": ended.cost.gradients,
         "products": ended.cost.hessian_products,
         "seconds": ended.seconds,

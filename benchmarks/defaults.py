@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 import bilevel
-from benchmarks.problems import CASES, outcome
+from benchmarks.problems import CASES, INNER, STEPS, outcome
 from benchmarks.report import write
 from bilevel.method import Method
 from bilevel.presets import SEARCHED_ADAM
 from bilevel.rules import Adam, Armijo
-
-STEPS, INNER = 100, 10
 
 
 def cg(steps: int, rtol: float) -> bilevel.Implicit:

@@ -56,15 +56,20 @@ def example(model: nn.Module, n: int, dtype: torch.dtype, device: str = "cpu") -
     return Example(torch.zeros(n, dtype=dtype, device=device), ys, inner, outer, 0.0)
 
 
+def flat(given: Example) -> tuple[Oracle, Tensor, Tensor]:
+    """The problem on vectors, and its x and y."""
+    layouts = Layout(given.x, "x"), Layout(given.ys, "y")
+    oracle = Oracle(Problem(given.outer, given.inner), *layouts)
+    return oracle, layouts[0].flatten(given.x), layouts[1].flatten(given.ys)
+
+
 def measure(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
     K = options.products
     exact = example(model, options.examples, torch.float64, options.device)
     reference, bound = _reference(exact)
     given = example(model, options.examples, torch.float32, options.device)
     given.step = 1 / bound
-    layouts = Layout(given.x, "x"), Layout(given.ys, "y")
-    oracle = Oracle(Problem(given.outer, given.inner), *layouts)
-    X, Y = layouts[0].flatten(given.x), layouts[1].flatten(given.ys)
+    oracle, X, Y = flat(given)
 
     def ours(solver: Any) -> Callable[[], Tensor]:
         method = bilevel.Implicit(solver)
@@ -101,9 +106,7 @@ def measure(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any
 
 def _reference(exact: Example) -> tuple[Tensor, float]:
     """The hypergradient in float64, solved out, and a bound on the eigenvalues of g_yy."""
-    layouts = Layout(exact.x, "x"), Layout(exact.ys, "y")
-    oracle = Oracle(Problem(exact.outer, exact.inner), *layouts)
-    X, Y = layouts[0].flatten(exact.x), layouts[1].flatten(exact.ys)
+    oracle, X, Y = flat(exact)
     pull = oracle.record(X, Y, Draw())
     solver = bilevel.ConjugateGradient(steps=200, rtol=1e-12)
     h = bilevel.Implicit(solver).estimate(oracle, X, Y, Draw(), [Draw()], [], None)

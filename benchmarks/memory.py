@@ -22,19 +22,16 @@ from torch import Tensor
 
 import bilevel
 from benchmarks import peers
-from benchmarks.hypergradients import example
+from benchmarks.hypergradients import example, flat
 from benchmarks.products import mlp
 from benchmarks.report import write
-from bilevel.layout import Layout
-from bilevel.problem import Draw, Oracle, Problem
+from bilevel.problem import Draw
 
 STEP, PRODUCTS = 1e-2, 10
 
 
 def ours(kind: str, given: peers.Example, count: int) -> Callable[[], Tensor]:
-    layouts = Layout(given.x, "x"), Layout(given.ys, "y")
-    oracle = Oracle(Problem(given.outer, given.inner), *layouts)
-    X, Y = layouts[0].flatten(given.x), layouts[1].flatten(given.ys)
+    oracle, X, Y = flat(given)
 
     def implicit() -> Tensor:
         y = Y

@@ -8,7 +8,6 @@ multiple of schedulefree's AdamW. Packages that are not installed are left out.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import optim
+from benchmarks.report import installed
 
 SHAPES = {
     "1 large": [(4096, 2048)],
@@ -49,26 +49,19 @@ def contestants(params: Callable[[], list[torch.nn.Parameter]]) -> dict[str, Ste
         "optim.SafeguardedSPS": ours(optim.SafeguardedSPS),
         "optim.SPS": ours(optim.SPS),
     }
-    if package := _installed("schedulefree"):
+    if package := installed("schedulefree"):
         optimizer = package.AdamWScheduleFree(params())
         optimizer.train()
         steps = {REFERENCE: optimizer.step, **steps}
-    if package := _installed("sps_safe"):
+    if package := installed("sps_safe"):
         safe, average = package.SPS_safe(params()), package.IMA_SPS_safe(params())
         steps["sps-safe SPS_safe"] = lambda: safe.step(loss=loss)
         steps["sps-safe IMA_SPS_safe"] = lambda: average.step(loss=loss)
-    if package := _installed("momo"):
+    if package := installed("momo"):
         momo, adam = package.Momo(params()), package.MomoAdam(params())
         steps["momo-opt Momo"] = lambda: momo.step(loss=loss)
         steps["momo-opt MomoAdam"] = lambda: adam.step(loss=loss)
     return steps
-
-
-def _installed(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
 
 
 def measure(

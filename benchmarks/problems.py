@@ -22,6 +22,8 @@ from tasks.data.tables import load_table
 from tasks.quadratic import Quadratic
 from tasks.regularization import Regularization
 
+STEPS, INNER = 100, 10  # of a run
+
 
 @dataclass
 class Case:
@@ -34,7 +36,12 @@ class Case:
     objective: Callable[[Any], float]
     data: dict[str, Any] = field(default_factory=dict)
 
-    def solve(self, method: bilevel.Method, **options: Any) -> bilevel.Result:
+    def value(self, x: Any) -> float:
+        """The true objective, infinite where there is none."""
+        value = self.objective(x)
+        return value if math.isfinite(value) else math.inf
+
+    def solve(self, method: str | bilevel.Method, **options: Any) -> bilevel.Result:
         """``bilevel.solve`` on it; options: steps, inner_steps, seed, callback."""
         return bilevel.solve(
             self.outer, self.inner, self.x, self.y, method=method, **options, **self.data
@@ -42,15 +49,15 @@ class Case:
 
 
 def outcome(
-    case: Case, method: bilevel.Method, steps: int, inner_steps: int, seed: int
+    case: Case, method: str | bilevel.Method, steps: int, inner_steps: int, seed: int
 ) -> dict[str, float]:
-    """One run: the true objective at its end (inf where there is none) and what it has cost."""
+    """One run: the true objective at its end and what it has cost."""
     start = time.perf_counter()
     result = case.solve(method, steps=steps, inner_steps=inner_steps, seed=seed)
     seconds = time.perf_counter() - start
-    value, history = case.objective(result.x), result.history
+    history = result.history
     return {
-        "objective": value if math.isfinite(value) else math.inf,
+        "objective": case.value(result.x),
         "unfinished": float(result.state.k < steps),
         "trials": statistics.mean(r.outer_trials for r in history),
         "failed": statistics.mean(r.failure is not None for r in history),

@@ -16,20 +16,19 @@ from typing import Any
 import torch
 
 import bilevel
-from benchmarks.contest import INNER, STEPS, Cell
-from benchmarks.problems import CASES, Case
+from benchmarks.contest import Cell
+from benchmarks.problems import CASES, INNER, STEPS, Case
 from benchmarks.report import write
 
 Watched = list[tuple[float, bilevel.Record]]
 
 
-def watched(case: Case, method: bilevel.Method, seed: int) -> Watched:
+def watched(case: Case, method: str | bilevel.Method, seed: int) -> Watched:
     """The true objective after each iteration, with its record."""
     seen: Watched = []
 
     def look(state: bilevel.State, record: bilevel.Record) -> None:
-        value = case.objective(state.x)
-        seen.append((value if math.isfinite(value) else math.inf, record))
+        seen.append((case.value(state.x), record))
 
     case.solve(method, steps=STEPS, inner_steps=INNER, seed=seed, callback=look)
     return seen
@@ -38,7 +37,7 @@ def watched(case: Case, method: bilevel.Method, seed: int) -> Watched:
 def race(case: str, name: str, cell: Cell, seed: int) -> dict[str, float]:
     """One seed; infinite where the default never gets there."""
     tuned = watched(CASES[case](seed), cell.fixed(), seed)
-    ours = watched(CASES[case](seed), bilevel.loop.PRESETS[name](), seed)
+    ours = watched(CASES[case](seed), name, seed)
     target, last = tuned[-1]
     there = next((record for value, record in ours if value <= target), None)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import statistics
@@ -35,6 +36,14 @@ def seconds(call: Callable[[], Any], repeats: int = 15, warmup: int = 3) -> list
         if i >= warmup:
             found.append(time.perf_counter() - start)
     return found
+
+
+def installed(name: str) -> Any:
+    """The package, or None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

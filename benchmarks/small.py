@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bilevel
-from benchmarks.peers import INSTALL, installed
-from benchmarks.report import write
+from benchmarks.peers import INSTALL
+from benchmarks.report import installed, write
 
 STEPS = {"inner": 0.1, "linear": 0.1, "outer": 0.01}
 

@@ -253,12 +253,10 @@ def _corrected(
         counted = _Counted(solver)
         s = h.newton(counted)
         products = torch.zeros_like(counts[0]) + sum(counted.counts)
-        stay, whole, quarter = (
-            oracle.value("inner", x, y + t * s, judge) for t in (0.0, 1.0, 0.25)
-        )
-        size = torch.where(whole < stay, 1.0, torch.where(quarter < stay, 0.25, 0.0))
-        looks = torch.where(whole < stay, 2.0, 3.0)
-        return ~go, y + size.to(y.dtype) * s, torch.stack([products, looks.double()])
+        best = oracle.value("inner", x, y, judge)
+        whole, quarter = (oracle.value("inner", x, y + t * s, judge) < best for t in (1.0, 0.25))
+        nearer = torch.where(whole, y + s, torch.where(quarter, y + 0.25 * s, y))
+        return ~go, nearer, torch.stack([products, torch.where(whole, 2.0, 3.0).double()])
 
     nothing = torch.zeros(2, dtype=torch.float64)
     _, y, counts = while_loop(
@@ -402,11 +400,12 @@ class _Counted:
             return (i < solver.steps) & state[-1]
 
         def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            return i + 1, *solver.advance(product, b, state)
+            return i + 1, *solver.advance(product, enough, state)
 
-        state = [part.clone() for part in solver.begin(product, b, q0)]
+        enough, begun = solver.begin(product, b, q0)
+        state = [part.clone() for part in begun]
         if solver.steps == 1:  # a loop costs more than its only step
-            steps, (q, *_) = state[-1].long(), solver.advance(product, b, tuple(state))
+            steps, (q, *_) = state[-1].long(), solver.advance(product, enough, tuple(state))
         else:
             steps, q, *_ = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
         self.counts.append(steps + int(q0 is not None))

@@ -170,7 +170,7 @@ class Implicit:
             return torch.dot(fx, d) + torch.dot(fy, w), follow
 
         def newton(solver: Solver = self.solver) -> Tensor:
-            return solver(product, -pull.gradient, None)
+            return solved(solver, product, -pull.gradient)
 
         lag = torch.dot(q, pull.gradient)
         return Estimate(fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton)

@@ -206,16 +206,19 @@ class ConjugateGradient:
         require.flag("ConjugateGradient", "warm_start", self.warm_start)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
-        state = self.begin(product, b, q0)
+        enough, state = self.begin(product, b, q0)
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
             if (b.device.type == "cpu" or i % 5 == 4) and _is_false(state[-1]):
                 break
-            state = self.advance(product, b, state)
+            state = self.advance(product, enough, state)
         return state[0]
 
-    def begin(self, product: Product, b: Tensor, q0: Tensor | None) -> tuple[Tensor, ...]:
-        """(q, residual, direction, squared norm of the residual, whether to go on)."""
+    def begin(
+        self, product: Product, b: Tensor, q0: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The squared residual that is enough, and the state of the steps: (q, residual,
+        direction, squared norm of the residual, whether to go on)."""
         if q0 is None:
             q, r = torch.zeros_like(b), b
         else:
@@ -226,12 +229,14 @@ class ConjugateGradient:
             q, r = scale * q0, b - scale * Hq
         rr = torch.dot(r, r)
         # even a good guess takes one step, so that over the iterations of a method q converges
-        return q, r, r, rr, rr > 0
+        return self.rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0)
 
-    def advance(self, product: Product, b: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def advance(
+        self, product: Product, enough: Tensor, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         """One step, at the cost of one product; none where there is no going on."""
-        eps = torch.finfo(b.dtype).eps
         q, r, p, rr, active = state
+        eps = torch.finfo(q.dtype).eps
         Hp = product(p)
         pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
         active = active & (pHp > eps * eps * pp) & torch.isfinite(pHp)
@@ -240,7 +245,7 @@ class ConjugateGradient:
         r = r - torch.where(active, a * Hp, 0.0)
         new = torch.dot(r, r)
         moved = a * a * pp > eps * eps * torch.dot(q, q)
-        active = active & (new > self.rtol**2 * torch.dot(b, b)) & moved
+        active = active & (new > enough) & moved
         p = r + torch.where(active, new / rr, 0.0) * p
         return q, r, p, new, active
 

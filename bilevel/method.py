@@ -189,7 +189,7 @@ class Method:
 
         inner_value = h.inner_value if h.inner_value is not None else inner.value
         if self.inner_solver is None:
-            inner_value = inner_value + 0 * inner.value
+            inner_value = inner_value + 0 * inner.value  # NaN where any inner step had no number
         numbers = torch.stack(
             [
                 torch.as_tensor(number, dtype=torch.float64, device=x.device)

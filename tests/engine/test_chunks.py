@@ -1,5 +1,6 @@
 """Whole iterations in a compiled graph against the plain ones, and where they cannot be."""
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -8,10 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import bilevel
-from bilevel import chunks
+from bilevel import Problem, chunks, graph
 from bilevel.chunks import Chunks
-from bilevel.hypergradients import Implicit
+from bilevel.hypergradients import Estimate, Implicit
+from bilevel.layout import Layout
 from bilevel.linear import ConjugateGradient, Neumann
+from bilevel.method import corrected
+from bilevel.problem import Draw, Oracle
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
 
@@ -178,3 +182,21 @@ def test_what_does_not_fit_is_told_and_taken_plainly(taken):
             fast = solve(method, True, steps=3, inner_steps=1, seed=1, **options)
         assert_alike(fast, solve(method, False, steps=3, inner_steps=1, seed=1, **options))
     assert not taken
+
+
+@pytest.mark.parametrize("s", [[0.5, -2.0], [2.0, -8.0], [-1.0, 4.0], [math.nan, 1.0]])
+@pytest.mark.parametrize("go", [True, False])
+def test_the_correction_in_the_graph_is_the_plain_one(s, go):
+    """Whole, as a quarter, dropped; and a direction that is no number leaves y as it was."""
+
+    def inner(x, y):
+        return ((y - 1) ** 2).sum() + (x * y).sum() * 0
+
+    x, y, s = torch.zeros(2), torch.tensor([0.5, 3.0]), torch.tensor(s)
+    oracle = Oracle(Problem(lambda x, y: y.sum(), inner), Layout(x, "x"), Layout(y, "y"))
+    h = Estimate(*(None,) * 8, newton=lambda *solver: s.clone())
+    plain = corrected(oracle, x, y, h, Draw()) if go else y
+    given = (x, y, h, Draw(), ConjugateGradient())
+    found, _, looks = graph._corrected(graph._Traced(oracle), torch.tensor(go), *given)
+    assert torch.equal(found, plain)
+    assert looks == (oracle.cost.loss_evaluations if go else 0)

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import bilevel
-from tests.engine.test_checkpoints import numbers
+from tests.engine.test_checkpoints import inner, numbers, outer
 
 KILLS = int(os.environ.get("BILEVEL_KILLS", 6))
 STEPS = 40
@@ -41,17 +41,6 @@ class Noisy(Dataset):
         return row + 0.1 * (random.random() + np.random.rand()), int(row.sum() > 0)
 
 
-def loss(x, y, batch):
-    inputs, labels = batch
-    return torch.nn.functional.cross_entropy(inputs @ y, labels)
-
-
-def inner(x, y, batch):
-    inputs, labels = batch
-    dropped = torch.nn.functional.dropout(inputs, 0.2)
-    return loss(x, y, (dropped, labels)) + (x.exp() * y**2).sum()
-
-
 METHODS = {
     "bisls-adam": lambda: "bisls-adam",
     "bisps": lambda: "bisps",
@@ -68,7 +57,7 @@ def solve(name, path, out):
     np.random.seed(4)
     own = torch.Generator().manual_seed(1)  # one level has its own, the other torch's global one
     result = bilevel.solve(
-        loss,
+        outer,
         inner,
         torch.full((3, 1), -3.0, dtype=torch.float64),
         torch.zeros(3, 2, dtype=torch.float64),

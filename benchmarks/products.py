@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel
 from benchmarks.report import seconds, write
@@ -52,6 +54,13 @@ def main(argv: list[str]) -> None:
     write(f"products-{options.device}", rows)
 
 
+def flops(call: Callable[[], object]) -> int:
+    """Of the matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
 def measure(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
     """Weights of the examples are x, the model is y: hyper-cleaning at the size of a batch."""
     n, K = options.batch, options.products
@@ -91,6 +100,8 @@ def measure(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
         "product / gradient": middle["product"] / middle["gradient"],
         "min": ratios[0],
         "max": ratios[-1],
+        "its arithmetic": flops(lambda: pull.product(u))
+        / flops(lambda: oracle.inner_gradient(X, Y, draw)),
         f"{K}-product hypergradient / {K + 3} gradients": middle["whole"]
         / ((K + 3) * middle["gradient"]),
     }

@@ -40,8 +40,10 @@ def race(case: str, name: str, cell: Cell, seed: int) -> dict[str, float]:
     ours = watched(CASES[case](seed), name, seed)
     target, last = tuned[-1]
     there = next((record for value, record in ours if value <= target), None)
+    in_time = [value for value, record in ours if record.seconds <= last.seconds]
     return {
         "cell ends at": target,
+        "default by then": in_time[-1] if in_time else math.inf,
         "default ends at": ours[-1][0],
         "cell's seconds": last.seconds,
         "default's seconds": ours[-1][1].seconds,

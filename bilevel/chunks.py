@@ -114,7 +114,8 @@ class Chunks:
         if any(not torch.equal(*pair) for pair in zip(before, randomness.state(), strict=True)):
             randomness.restore(before)
             return self._refuse("a loss draws random numbers, which a graph would draw otherwise")
-        from bilevel.graph import Iterations  # torch.compile is slow to import
+        from bilevel.compiled import compiled  # torch.compile is slow to import
+        from bilevel.graph import Iterations
 
         room = sum(t.nbytes for level in tensors for batch in level for t in batch)
         self.slots = max(1, min(self.slots, ROOM // max(1, room)))
@@ -135,9 +136,7 @@ class Chunks:
             state.average is not None,
             self.fresh,
         )
-        self._graph = torch.compile(
-            iterations.__call__, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
-        )
+        self._graph = compiled(iterations.__call__, dynamic=False, options={"cpp_wrapper": True})
 
     def _several(self, state: State, first: Any, count: int) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""

@@ -7,6 +7,7 @@ mostly fuses away; the numbers agree with the plain oracle to rounding.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,16 @@ from bilevel.layout import Layout
 from bilevel.problem import Draw, Oracle, Problem, Products
 
 Function = Callable[..., Any]
+
+
+def compiled(function: Function, **options: Any) -> Function:
+    """``torch.compile`` of all of it, for any number of problems in one process.
+
+    By itself the compiler gives a function up after eight problems; torch < 2.13 cannot be told.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = 2**16
+    return torch.compile(function, fullgraph=True, **options)
 
 
 class CompiledOracle(Oracle):
@@ -136,8 +147,7 @@ def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[st
             "inner_gradient": grad_and_value(inner, argnums=1),
             **second_derivatives(inner),
         }
-        compiled = {name: torch.compile(f, fullgraph=True) for name, f in functions.items()}
-        found = {"for": (id(problem), id(y)), **compiled}
+        found = {"for": (id(problem), id(y))} | {n: compiled(f) for n, f in functions.items()}
         _cache[x] = found
     return found
 

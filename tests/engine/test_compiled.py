@@ -45,6 +45,20 @@ def test_compiled_steps_equal_plain_ones():
     torch.testing.assert_close(fast.x, plain.x, rtol=1e-9, atol=1e-12)
 
 
+def test_any_number_of_problems_in_one_process():
+    def f(x, y):
+        return (y * y).sum()
+
+    def g(x, y):
+        return ((y - x) ** 2).sum()
+
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
+        warnings.filterwarnings("error", "compile=True does not|.*cannot be compiled")
+        for size in (2, 3):
+            start = torch.ones(size, dtype=torch.float64)
+            bilevel.solve(f, g, start, start, method="sgd", steps=4, inner_steps=1, compile=True)
+
+
 def test_what_cannot_be_compiled_falls_back_to_the_same_bits():
     case = RIDGES[0]
 

@@ -1,8 +1,8 @@
 """The claims of the BiSLS paper at both levels, each with a number: see docs/paper-bisls.md.
 
-``steps``: final objective over pairs of fixed steps, and over the first steps of BiSLS (H1, H3).
-``accepted``: the steps that searches accept beside the tuned one (H4). ``reset``: where searches
-start (H5). ``bounds``: BiSPS under bounds that fall and that do not (H7).
+``steps``: final objective over pairs of fixed steps, and over the first steps of BiSLS.
+``accepted``: the steps that searches accept beside the tuned one. ``reset``: where searches
+start. ``bounds``: BiSPS under bounds that fall and that do not.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Hessian products.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -123,9 +124,9 @@ def ma_soba(
     """MA-SOBA: SOBA whose x moves along h, an average of its directions; constant steps.
 
     x moves along the h of before this iteration, which starts at zero; then
-    h <- (1 - weight) h + weight d. The paper's weight is a multiple of alpha; the values of its
-    experiments, and the order of the two updates, could not be looked up: the order is that
-    of Algorithm 1 as remembered, and the two differ by a shift of one iteration only.
+    h <- (1 - weight) h + weight d. The paper's weight is a multiple of alpha. Neither its values
+    nor the order of the two updates were checked against the paper; another order shifts h by one
+    iteration.
     Source: Chen, Xiao, Balasubramanian 2023 (arXiv 2306.12067), Algorithm 1.
     """
     q, h = torch.zeros_like(y), torch.zeros_like(x)
@@ -144,7 +145,7 @@ def s_tfbo(
     With a, b, c the roots of start^2 plus the sums of ||dx||^2, ||dy||^2, ||dq||^2, the present
     ones included: y moves by 1/b, q by 1/max(b, c), x by 1/(a max(b, c)). Takes no step size;
     the paper analyses full batches, its code uses minibatches. ``start`` stands for its three
-    initial values, whose default there is not public (the file of that rule is empty).
+    initial values, whose default there is not public.
     Source: Yang et al. 2025 (ICLR, tuning-free bilevel optimization), Algorithm 2.
     """
     del s
@@ -226,7 +227,7 @@ def f2sa(
     (a, c) = ``exponents``: (5/7, 4/7) is the theory's choice under noise at both levels,
     (1/3, 0) without noise; (0, 0) keeps lambda, and with it a bias of order 1/lambda.
     Source: Kwon et al. 2023 (arXiv 2301.10945), Algorithm 1, with the relation
-    lambda_k = gamma_k / (2 alpha_k) of its theory; the exponents are from memory.
+    lambda_k = gamma_k / (2 alpha_k) of its theory; the exponents were not checked against it.
     """
     a, c = exponents
     z, k = y, 0
@@ -279,11 +280,22 @@ def _mean(draws: list[Draw], call: Callable[[Draw], tuple[Tensor, ...]]) -> tupl
     return tuple(sum(parts[1:], parts[0]) / len(draws) for parts in zip(*found, strict=True))
 
 
+class Spent(Exception):
+    """A method has cost what it may."""
+
+
 class Whole:
     """The losses on all data, and the bounds of MAID on them."""
 
-    def __init__(self, oracle: Oracle, data: Batches, known: Constants, limit: int) -> None:
-        self._oracle, self._known, self._limit = oracle, known, limit
+    def __init__(
+        self,
+        oracle: Oracle,
+        data: Batches,
+        known: Constants,
+        limit: int,
+        budget: float = math.inf,
+    ) -> None:
+        self._oracle, self._known, self._limit, self._budget = oracle, known, limit, budget
         self._outer, self._inner = data.whole("outer"), data.whole("inner")
         self._seen = {"fx": 0.0, "fy": 0.0, "gxy": 0.0, "gyy": 0.0}
 
@@ -331,6 +343,8 @@ class Whole:
         root = (sizes.modulus / sizes.smoothness) ** 0.5
         point = y
         for _ in range(self._limit):
+            if self._oracle.cost.gradients >= self._budget:
+                raise Spent(f"its {self._budget:g} gradients were spent")
             (gy,) = _mean(self._inner, partial(self._slope, x, point))
             norm = float(gy.norm())
             if norm <= sizes.modulus * epsilon:
@@ -395,6 +409,7 @@ def maid(
     eta: float = 1e-4,
     backtracks: int = 10,
     limit: int = 2000,
+    budget: float = math.inf,
     note: Callable[..., None] | None = None,
 ) -> Iterates:
     """MAID: backtracking on bounds of f(x, y*(x)), with accuracies that follow from it.
@@ -410,14 +425,15 @@ def maid(
     Differences from the paper: f may depend on x itself, which adds the Lipschitz constant of
     f_x to the bound; the constants are estimated where they are not given (the official code
     does so with random perturbations). The numbers and the factor eta^2 are those of the
-    official code; the text of the paper's algorithm could not be looked up.
+    official code, and were not checked against the text of the paper.
     Source: Salehi et al. 2025 (arXiv 2308.10098); the bound: Ehrhardt & Roberts 2024.
 
     Args:
+        limit: inner steps of one solve at most.   budget: gradients at which the run ends.
         note: called with the quantities of every accepted step, by name.
     """
     del s
-    whole = Whole(oracle, data, constants or Constants(), limit)
+    whole = Whole(oracle, data, constants or Constants(), limit, budget)
     epsilon = delta = accuracy
     trial, near = start, y
     while True:
@@ -492,8 +508,8 @@ def _run(
         began = time.perf_counter()
         try:
             new, y = next(iterates)
-        except StopIteration as end:
-            reason = f"stopped at iteration {k}: {end.value}"
+        except (StopIteration, Spent) as end:
+            reason = f"stopped at iteration {k}: {end.args[0]}"
             break
         finally:
             finite = bool(torch.isfinite(y).all())  # waits for the device

@@ -188,6 +188,7 @@ STANDARD: tuple[Hypergradient, ...] = (
     Implicit(Neumann(terms=20)),
     Implicit(Nystrom(rank=10)),
     Implicit(Identity()),
+    Implicit(StochasticNeumann(terms=20)),
     FiniteDifference(ConjugateGradient()),
     Unrolled(window=20),
 )

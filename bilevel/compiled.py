@@ -101,7 +101,6 @@ class CompiledProducts:
 
     def __init__(self, oracle: CompiledOracle, x: Tensor, y: Tensor, draw: Draw) -> None:
         self.value, self.gradient = oracle.inner_gradient(x, y, draw)
-        self._oracle, self._point = oracle, (x, y)
         self._apply = partial(self._product, oracle, x, y, draw)
         # every product is compiled here, where a failure can still fall back
         names = ("product", "both", "forward")

@@ -45,7 +45,8 @@ class Estimate:
 
     Attributes:
         grad: dF/dx.   direct: its part f_x.
-        value: f(x, y).   inner_value: g(x, y), None if not evaluated.
+        value: f(x, y).   inner_value: g(x, y), None if not evaluated;
+            where steps were unrolled, that before the last of them.
         residual: ||g_yy q - f_y|| / ||f_y||, None where no linear system is solved.
         q: solution of that system, to go on from.   respond: see :data:`Respond`.
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y

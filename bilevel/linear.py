@@ -189,7 +189,7 @@ class ConjugateGradient:
 
     Args:
         steps: products at most, >= 1.
-        rtol: relative residual that is enough after the first step, >= 0.
+        rtol: relative residual that is enough after the first step, in [0, 1).
         warm_start: go on from the solution of the previous iteration where a method has one.
 
     Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here.

@@ -88,6 +88,8 @@ def solve(
 
     Raises:
         TypeError, ValueError: misuse, before any work is lost.
+        OSError: a checkpoint that cannot be written, at the start.
+        Whatever a loss or the data raises in the first iteration, and a callback in any.
         RuntimeError: ranks that cannot be reached, or have come to different points.
 
     Example:

@@ -50,7 +50,9 @@ def bisls(
         hypergradient: None: implicit, by conjugate gradients to a relative
             residual of 0.1 in at most 20 steps.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.
-        inner_solver: your own way to y, see :func:`bilevel.solve`.
+        inner_solver: your own way to y instead of gradient steps: a torch.optim.Optimizer class; a
+            function(parameters) that makes an optimizer, or a pair of one and a scheduler; or a
+            function(x, y, batches) that returns the new y.
 
     Reference: Fan et al. 2023 (arXiv 2305.18666). The response 'tangent' is ours.
     """
@@ -91,12 +93,13 @@ def bisps(
         alpha = min{ max{ min_outer_step_k, (f - lower bound) / (c ||h||^2) }, max_outer_step_k }
 
     Args:
-        max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by a line search in
-            the iterations 0, 1, 3, 7, 15, ...
+        max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by line
+            searches in the iterations 0, 1, 3, 7, 15, ..., at the inner level one per step
         min_outer_step: floor at k = 0; None: 1e-3 of ``max_outer_step``.
         hypergradient: as for :func:`bisls`.
         outer_lower_bound, inner_lower_bound: of the losses on any batch.
         c: scale of the Polyak step, at least 1/2 for convergence.
+        inner_solver: as for :func:`bisls`.
 
     Reference: Fan et al. 2023 (arXiv 2305.18666), eqs. (10), (11).
     """
@@ -154,7 +157,7 @@ def fixed(
         direction: 'adam' (momentum 0.9) or 'sgd' at the outer level; the inner one is -g_y.
         outer_step, inner_step: > 0.
         decay: steps fall like (k + 1)^-decay; 0 is constant, 0.5 the usual schedule.
-        hypergradient: as for :func:`bisls`.
+        hypergradient, inner_solver: as for :func:`bisls`.
     """
     require.choice("fixed", "direction", direction, ("adam", "sgd"))
     for name, step in (("outer_step", outer_step), ("inner_step", inner_step)):

@@ -16,7 +16,7 @@ class Record:
     Attributes:
         k: number of the iteration, from 0.
         outer_loss, inner_loss: f and g on the batches at hand after the inner steps, before the
-            outer step.
+            outer step; with ``Unrolled``, g before the last inner step.
         hypergrad_norm: Euclidean norm of the hypergradient.
         outer_step, inner_step: alpha, and the beta of the last inner step.
         outer_trials, inner_trials: evaluations by the line searches of this iteration; the inner

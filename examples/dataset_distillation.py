@@ -1,7 +1,7 @@
 """Learn ten images from which a classifier learns almost as well as from a thousand.
 
     python examples/dataset_distillation.py                 # digits, under two minutes
-    python examples/dataset_distillation.py --data mnist    # 60,000 images; see --help
+    python examples/dataset_distillation.py --data mnist    # 50,000 images; see --help
 
 The two losses, the call of ``bilevel.solve`` and the references are in
 ``tasks/data_distillation.py``; every option of that task is accepted here. No learning rate is

@@ -33,7 +33,8 @@ class Last(NamedTuple):
         numerator: the linearised gap; negative where the loss was below its bound.
         denominator: squared norm of the gradient with its factors and safeguard.
         active: why the step is not numerator / denominator: "" or some of "not finite",
-            "zero gradient", "below bound", "safeguard", "cap", joined by "+".
+            "zero gradient", "below bound", "safeguard", "cap", joined by "+". Searches: "cap"
+            where the first trial was accepted, "no step accepted" where none was.
     """
 
     step: float
@@ -155,8 +156,9 @@ class Optimizer(torch.optim.Optimizer):
                 ``lower_bound``. A number or a tensor of one element, of any sign.
 
         Raises:
-            ValueError: both or neither of ``closure`` and ``loss``; no target where there is no
-                default; a loss or target of more than one element.
+            ValueError: both of ``closure`` and ``loss``, or neither where the rule needs the loss;
+                no target where there is no default; a loss or target of more than one element.
+            TypeError: a closure that cannot be called; a loss or target that is no number.
             RuntimeError: sparse gradients; a step in eval mode.
         """
         if closure is not None and loss is not None:

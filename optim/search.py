@@ -229,12 +229,6 @@ class SLS(_LineSearch):
     ):
         super().__init__(params, None, max_lr=max_lr, c=c, shrink=shrink, reset=reset)
 
-    def _first_trial(self, s: Memory) -> float:
-        o, accepted = self.param_groups[0], float(s["accepted"])
-        if accepted == 0 or o["reset"] == "fixed":
-            return o["max_lr"]
-        return accepted if o["reset"] == "last" else min(o["max_lr"], accepted / o["shrink"])
-
 
 class SLSB(_LineSearch):
     r"""SLS under a bound that decreases on its own: the search starts at max_lr / (k + 1)^decay.

@@ -13,7 +13,7 @@ TASKS = {
     "data-distillation": "learn a few images on which a model trains as well as on all of them",
     "hyper-representation": "learn features whose linear head does well on new data",
     "data-cleaning": "find the wrong labels of a training set by weighting its samples",
-    "regularization": "choose one penalty per feature or class of a logistic regression",
+    "regularization": "choose one penalty per feature of a logistic regression",
     "poisson": "Poisson regression with the optimal value of every batch known",
     "synthetic": "a one-dimensional (L0, L1)-smooth function with known solution",
     "model-distillation": "teach a small language model from a black-box teacher",

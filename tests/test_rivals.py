@@ -436,6 +436,14 @@ def test_maid_says_when_it_cannot_go_on():
     assert torch.equal(found.x, torch.from_numpy(problem.x)) or gap(problem, found.x) > 0
 
 
+def test_maid_ends_when_its_budget_is_spent():
+    problem = Quadratic()
+    found = RIVALS["maid"].run(problem.case, 50, seed=0, budget=100)
+    assert "its 100 gradients were spent" in found.reason
+    assert 100 <= found.cost.gradients < 120
+    assert gap(problem, found.x) < gap(problem, problem.case.x)
+
+
 # -- runs ------------------------------------------------------------------------------------
 
 

@@ -216,7 +216,7 @@ def test_an_interrupt_is_told_with_the_folder(folder, capsys):
     assert capsys.readouterr().err == "\nbilevel: failing was interrupted; what it wrote is in a\n"
 
 
-def test_names_are_those_of_the_contract():
+def test_names_are_those_of_the_tasks():
     assert set(tasks.TASKS) == {
         "data-distillation", "hyper-representation", "data-cleaning", "regularization", "poisson",
         "synthetic", "model-distillation", "language-model", "quadratic", "ridge",

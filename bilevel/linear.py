@@ -2,12 +2,13 @@
 
 A solver is any callable ``solver(product, b, q0) -> q``: ``product(u)`` is g_yy u, ``q0`` a first
 guess or None. It may have an attribute ``batches``: how many independent inner batches it wants;
-the j-th is reached by ``product(u, j)``. Nothing here looks at the host, so that a GPU is never
-made to wait; the hypergradient itself reports the true residual of whatever comes back.
+the j-th is reached by ``product(u, j)``. Nothing here looks at the host often, so that a GPU is
+not made to wait; the hypergradient itself reports the true residual of whatever comes back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -75,14 +76,15 @@ def _norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
 
 
-def _is_false(flag: Tensor) -> bool:
-    """Whether the flag is seen to be false; under compile and vmap it cannot be seen."""
+def _visible(number: Tensor) -> bool:
+    """Whether the host can see it: not under compile and vmap."""
     if torch.compiler.is_compiling():
         return False
     try:
-        return not bool(flag)
+        number.item()
     except RuntimeError:
         return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -207,9 +209,11 @@ class ConjugateGradient:
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         enough, state = self.begin(product, b, q0)
+        if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
+            return self._on_host(product, float(enough), state)
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
-            if (b.device.type == "cpu" or i % 5 == 4) and _is_false(state[-1]):
+            if i % 5 == 4 and _visible(state[-1]) and not state[-1]:
                 break
             state = self.advance(product, enough, state)
         return state[0]
@@ -248,6 +252,24 @@ class ConjugateGradient:
         active = active & (new > enough) & moved
         p = r + torch.where(active, new / rr, 0.0) * p
         return q, r, p, new, active
+
+    def _on_host(self, product: Product, enough: float, state: tuple[Tensor, ...]) -> Tensor:
+        """:meth:`advance` with Python's numbers: on the CPU its small tensors cost what a product
+        of a small problem does."""
+        q, r, p, rr = *state[:3], float(state[3])
+        eps = torch.finfo(q.dtype).eps
+        for _ in range(self.steps if rr > 0 else 0):
+            Hp = product(p)
+            pHp, pp = float(torch.dot(p, Hp)), float(torch.dot(p, p))
+            if not eps * eps * pp < pHp < math.inf:
+                break
+            a = rr / pHp
+            q, r = torch.add(q, p, alpha=a), torch.sub(r, Hp, alpha=a)
+            new = float(torch.dot(r, r))
+            if not (new > enough and a * a * pp > eps * eps * float(torch.dot(q, q))):
+                break
+            p, rr = torch.add(r, p, alpha=new / rr), new
+        return q
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,30 @@ def test_cg_survives_a_product_that_is_not_finite(bad):
     assert torch.equal(q, t([0.0, 0.0]))
 
 
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize(
+    "spectrum, b",
+    [
+        (np.geomspace(1, 300, 12), None),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]),
+        ([1.0, 2.0, -3.0], [1.0, 1.0, 0.1]),
+        ([1.0, 2.0], [0.0, 0.0]),
+        ([1.0, math.nan], [1.0, 1.0]),
+    ],
+)
+def test_cg_with_numbers_of_the_host_is_that_in_tensors(spectrum, b, guess):
+    system = System(spectrum, b=b)
+    solver = ConjugateGradient(steps=20, rtol=1e-8)
+    right, q0 = t(system.b), t(np.arange(1.0, len(spectrum) + 1)) if guess else None
+    found, count = solver(system.product, right, q0), system.count
+    enough, state = solver.begin(system.product, right, q0)
+    steps = 0
+    while steps < solver.steps and state[-1]:
+        state, steps = solver.advance(system.product, enough, state), steps + 1
+    assert count == steps + guess
+    torch.testing.assert_close(found, state[0], rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
 def test_cg_on_a_scalar():
     assert float(ConjugateGradient(10)(lambda u: 4 * u, t([2.0]))) == 0.5
 

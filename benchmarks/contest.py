@@ -67,12 +67,12 @@ def tuned() -> list[Cell]:
 
 
 def rivals() -> list[Cell]:
-    """Published methods, 4 x 4 pairs where they have steps to tune."""
+    """Published methods, 5 x 4 pairs where they have steps to tune."""
     return [
         cell
         for name, rival in RIVALS.items()
         for cell in (
-            [Cell(name, alpha, beta) for alpha in decades(-2, 1) for beta in decades(-3, 0)]
+            [Cell(name, alpha, beta) for alpha in decades(-1, 3) for beta in decades(-2, 1)]
             if rival.steps
             else [Cell(name)]
         )

@@ -126,4 +126,4 @@ def main(argv: list[str]) -> None:
     for name, make in MODELS.items():
         torch.manual_seed(0)
         rows += [{"model": name, **row} for row in measure(make(), options)]
-    write(f"hypergradients-{options.device}", rows, options.out)
+        write(f"hypergradients-{options.device}", rows, options.out)  # what is finished is kept

@@ -112,6 +112,7 @@ def main(argv: list[str]) -> None:
     rows = []
     for name in METHODS:
         row: dict[str, Any] = {"method": name}
+        note = ""
         for count in options.steps:
             command = [sys.executable, "-m", "benchmarks", "memory", "--one", name]
             command += ["--steps", str(count), "--examples", str(options.examples)]
@@ -121,11 +122,9 @@ def main(argv: list[str]) -> None:
                 found = json.loads(done.stdout.splitlines()[-1])
             else:
                 found = {"MiB": "-", "s": "-"}
-                row["note"] = done.stderr.strip().splitlines()[-1][:100]
-                if "No module" in row["note"]:
-                    row["note"] += f": {peers.INSTALL}"
+                note = done.stderr.strip().splitlines()[-1][:100]
+                if "No module" in note:
+                    note += f": {peers.INSTALL}"
             row |= {f"MiB at {count}": found["MiB"], f"s at {count}": found["s"]}
-        rows.append(row)
-    for row in rows:
-        row["note"] = row.pop("note", "")
-    write(f"memory-{options.device}", rows, options.out)
+        rows.append(row | {"note": note})
+        write(f"memory-{options.device}", rows, options.out)  # what is finished is kept

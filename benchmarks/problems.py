@@ -38,7 +38,10 @@ class Case:
 
     def value(self, x: Any) -> float:
         """The true objective, infinite where there is none."""
-        value = self.objective(x)
+        try:
+            value = self.objective(x)
+        except RuntimeError:  # torch's L-BFGS refuses steps beyond float32, which a huge x asks for
+            return math.inf
         return value if math.isfinite(value) else math.inf
 
     def solve(self, method: str | bilevel.Method, **options: Any) -> bilevel.Result:

@@ -268,7 +268,7 @@ class ConjugateGradient:
             new = float(torch.dot(r, r))
             if not (new > enough and a * a * pp > eps * eps * float(torch.dot(q, q))):
                 break
-            p, rr = torch.add(r, p, alpha=new / rr), new
+            p, rr = r + new / rr * p, new  # alpha= would refuse a number beyond float32
         return q
 
 

@@ -181,7 +181,7 @@ def test_cg_survives_a_product_that_is_not_finite(bad):
 )
 def test_cg_with_numbers_of_the_host_is_that_in_tensors(spectrum, b, guess):
     system = System(spectrum, b=b)
-    solver = ConjugateGradient(steps=20, rtol=1e-8)
+    solver = ConjugateGradient(steps=8, rtol=1e-8)
     right, q0 = t(system.b), t(np.arange(1.0, len(spectrum) + 1)) if guess else None
     found, count = solver(system.product, right, q0), system.count
     enough, state = solver.begin(system.product, right, q0)

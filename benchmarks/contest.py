@@ -24,7 +24,6 @@ from benchmarks.rivals import RIVALS
 OURS = ("bisls-adam", "bisls-sgd", "bisps")
 SINGLE_LOOP = ("soba", "ma-soba", "s-tfbo")  # one inner step an iteration, INNER times as many
 FINALISTS = 3
-BUDGET = 100_000  # gradients of MAID, which reads all data at each: near a hundred times ours
 
 
 class Cell(NamedTuple):
@@ -90,8 +89,6 @@ def run(job: tuple[str, Cell, int]) -> dict[str, float]:
         return outcome(case, cell.fixed(), STEPS, INNER, seed)
     rival = RIVALS[cell.method]
     steps = {"outer_step": cell.outer, "inner_step": cell.inner} if rival.steps else {}
-    if cell.method == "maid":
-        steps = {"budget": BUDGET}
     count = STEPS * (INNER if cell.method in SINGLE_LOOP else 1)
     ended = rival.run(case, steps=count, inner_steps=INNER, seed=seed, **steps)
     return {

@@ -409,7 +409,7 @@ def maid(
     eta: float = 1e-4,
     backtracks: int = 10,
     limit: int = 2000,
-    budget: float = math.inf,
+    budget: float = 1e5,
     note: Callable[..., None] | None = None,
 ) -> Iterates:
     """MAID: backtracking on bounds of f(x, y*(x)), with accuracies that follow from it.
@@ -429,7 +429,8 @@ def maid(
     Source: Salehi et al. 2025 (arXiv 2308.10098); the bound: Ehrhardt & Roberts 2024.
 
     Args:
-        limit: inner steps of one solve at most.   budget: gradients at which the run ends.
+        limit: inner steps of one solve at most.
+        budget: gradients at which the run ends, each on one batch.
         note: called with the quantities of every accepted step, by name.
     """
     del s

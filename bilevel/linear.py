@@ -263,12 +263,12 @@ class ConjugateGradient:
             pHp, pp = float(torch.dot(p, Hp)), float(torch.dot(p, p))
             if not eps * eps * pp < pHp < math.inf:
                 break
-            a = rr / pHp
+            a = rr / pHp  # below 1 / eps^2, as |p| >= |r|: alpha= takes what float32 can hold
             q, r = torch.add(q, p, alpha=a), torch.sub(r, Hp, alpha=a)
             new = float(torch.dot(r, r))
             if not (new > enough and a * a * pp > eps * eps * float(torch.dot(q, q))):
                 break
-            p, rr = r + new / rr * p, new  # alpha= would refuse a number beyond float32
+            p, rr = r + new / rr * p, new  # this ratio has no such bound
         return q
 
 

@@ -94,7 +94,7 @@ def bisps(
 
     Args:
         max_outer_step, max_inner_step: bounds at k = 0, > 0; None: measured by line
-            searches in the iterations 0, 1, 3, 7, 15, ..., at the inner level one per step
+            searches in the iterations 0, 1, 3, 7, 15, ..., at the inner level one per step.
         min_outer_step: floor at k = 0; None: 1e-3 of ``max_outer_step``.
         hypergradient: as for :func:`bisls`.
         outer_lower_bound, inner_lower_bound: of the losses on any batch.

@@ -266,13 +266,9 @@ def test_correction_is_judged_by_another_batch():
     assert torch.equal(ends(y), y)
 
 
-@pytest.mark.parametrize("seed", [1, 3, 7])
-def test_y_does_not_stay_behind_where_that_flatters_f(seed):
-    """Penalties that fall make g ill-conditioned: y behind its solution looks regularised.
-
-    Without the correction f is off by 0.8, 8 and 22 % on these seeds, with it by 1e-4 at most. Of
-    the first eight, two end at 2e-3 and 4e-3, as roundings fall.
-    """
+def flattered(seed):
+    """How far f(x, y) is from f(x, y*(x)), relative, where y behind y* looks regularised:
+    penalties that fall make g ill-conditioned."""
     draw = np.random.default_rng(seed)
     scale = np.logspace(0, -2, 12)
     A, A2 = draw.normal(size=(20, 12)) * scale, draw.normal(size=(200, 12)) * scale
@@ -291,7 +287,16 @@ def test_y_does_not_stay_behind_where_that_flatters_f(seed):
 
     zeros = torch.zeros(12, dtype=torch.float64)
     result = bilevel.solve(outer, inner, zeros, zeros, steps=100, inner_steps=1)
-    assert result.history[-1].outer_loss == pytest.approx(float(truth(result.x)), rel=1e-3)
+    return abs(result.history[-1].outer_loss / float(truth(result.x)) - 1)
+
+
+def test_y_does_not_stay_behind_where_that_flatters_f():
+    """Without the correction f is off by up to 22 %, 4 % in the median, over these seeds.
+
+    With it one seed in six is at 2e-3 to 4e-3 when the run ends, and rounding decides which.
+    """
+    off = [flattered(seed) for seed in range(8)]
+    assert np.median(off) < 1e-3 and max(off) < 1e-2
 
 
 def test_unrolled_response_is_the_same_steps_at_the_trial():

@@ -227,7 +227,6 @@ class AveragedOracle(Oracle):
     def __init__(self, local: Oracle) -> None:
         self._local = local
         self.problem, self.x, self.y = local.problem, local.x, local.y
-        self._batched = local._batched
         self.ranks = Ranks(local.y.device)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,8 @@ class Problem:
     inner: Callable[..., Tensor]
     project: Callable[[Any], Any] | None = None
     compile: bool = False
+    # of each loss: whether it takes a batch, None where it may
+    batched: dict[str, bool | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("outer", "inner"):
@@ -49,6 +51,9 @@ class Problem:
         if self.project is not None:
             require.function("", "project", self.project, "a function of x that returns an x", 1)
         require.flag("", "compile", self.compile)
+        losses = (("outer", self.outer), ("inner", self.inner))
+        batched = {level: _takes_batch(loss, level) for level, loss in losses}
+        object.__setattr__(self, "batched", batched)
 
 
 @dataclass
@@ -141,10 +146,6 @@ class Oracle:
         self.cost = Cost()
         self._randomness = Randomness(y.device)
         self._pair = _Pair(x, y) if x.module is not None or y.module is not None else None
-        self._batched = {
-            "outer": _takes_batch(problem.outer, "outer"),
-            "inner": _takes_batch(problem.inner, "inner"),
-        }
 
     # -- the losses ------------------------------------------------------------------------
 
@@ -157,14 +158,14 @@ class Oracle:
     ) -> None:
         """Refuse a loss that takes a batch where it is given None."""
         for level, data in (("outer", outer), ("inner", inner)):
-            if data is None and self._batched[level]:
+            if data is None and self.problem.batched[level]:
                 raise TypeError(
                     f"the {level} loss takes a batch, but {given.format(level)} is None; pass "
                     f"{instead.format(level)}, or write {level}(x, y)."
                 )
 
     def _batch(self, level: str, draw: Draw) -> tuple[Any, ...]:
-        takes = self._batched[level]
+        takes = self.problem.batched[level]
         if draw.batch is not None and takes is False:
             raise told(
                 TypeError,

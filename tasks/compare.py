@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,10 +74,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_resume(parser)
     parser.add_argument(
         "--grid",
-        choices=GRIDS,
+        type=_grid,
         default="small",
+        metavar="GRID",
         help="hand-tuned steps to compare with, every pair of them a run of its own: "
-        + ", ".join(f"{name} {len(cells(name))} runs" for name in GRIDS),
+        + ", ".join(f"{name} {len(cells(name))} runs" for name in GRIDS)
+        + "; or one pair, direction outer/inner, such as 'adam 0.001/0.1'",
     )
 
 
@@ -96,8 +98,31 @@ class Cell:
         return bilevel.fixed(self.direction, self.outer_step, self.inner_step, **options)  # type: ignore[arg-type]
 
 
+def _grid(text: str) -> str:
+    """A grid by name or the one cell that it is, as an option's type."""
+    if text not in GRIDS and _cell(text) is None:
+        raise ArgumentTypeError(
+            f"{text!r} is neither one of {', '.join(GRIDS)} nor a pair of steps, such as "
+            f"'adam 0.001/0.1'"
+        )
+    return text
+
+
+def _cell(text: str) -> Cell | None:
+    """What ``str`` of a cell says, read back."""
+    direction, _, steps = text.partition(" ")
+    try:
+        outer, inner = map(float, steps.split("/"))
+    except ValueError:
+        return None
+    known = direction in ("adam", "sgd") and all(0 < step < math.inf for step in (outer, inner))
+    return Cell(direction, outer, inner) if known else None
+
+
 def cells(grid: str) -> list[Cell]:
-    """The runs of a grid."""
+    """The runs of a grid; or of the one cell that it names."""
+    if cell := _cell(grid):
+        return [cell]
     outer, inner = GRIDS[grid]
     return [
         Cell(name, alpha, beta)

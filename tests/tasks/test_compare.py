@@ -1,5 +1,6 @@
 """Comparisons that are interrupted and go on: the same files as without."""
 
+import argparse
 import csv
 import json
 import os
@@ -218,3 +219,25 @@ def test_sigkill(whole, tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert start(folder, "--resume") == 0
     assert contents(folder) == whole
+
+
+def parsed(grid):
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return parser.parse_args(["--grid", grid]).grid
+
+
+def test_a_grid_may_be_the_one_cell_that_a_table_names():
+    for name in ("tiny", "medium", "large"):
+        found = compare.cells(parsed(name))
+        assert [compare.cells(parsed(str(cell))) for cell in found] == [[cell] for cell in found]
+    assert compare.cells("sgd 3.5/1e-4") == [compare.Cell("sgd", 3.5, 1e-4)]
+
+
+@pytest.mark.parametrize(
+    "grid", ["huge", "", "adam", "adam 0.1", "adam 1/2/3", "rmsprop 1/1", "sgd -1/1", "sgd 1/nan"]
+)
+def test_another_grid_is_refused_in_words(grid, capsys):
+    with pytest.raises(SystemExit):
+        parsed(grid)
+    assert "such as 'adam 0.001/0.1'" in " ".join(capsys.readouterr().err.split())

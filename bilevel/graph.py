@@ -22,7 +22,7 @@ from bilevel.compiled import second_derivatives
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import ConjugateGradient, Product, Solver
-from bilevel.method import LAG, Method
+from bilevel.method import Method
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Fixed, Moments, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
@@ -183,7 +183,7 @@ class Iterations:
         finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
         if self.method.corrects:
             assert h.lag is not None
-            behind = h.lag.double().abs() > LAG * alpha * slope.double().abs()
+            behind = h.lag.double().abs() > alpha * slope.double().abs()
             judge = self._draw(1, stacks, i * self.counts[0])
             new_y, products, looks = _corrected(
                 oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver.solver

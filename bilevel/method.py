@@ -31,7 +31,6 @@ from bilevel.rules import (
 )
 from bilevel.trials import Response, Trials
 
-LAG = 0.1  # of the outer gain: what y may be behind before it is corrected
 RULES = "one such as bilevel.rules.Armijo() or Fixed(step=0.1), or use bisls, bisps or fixed"
 SOLVERS = (
     "a torch.optim.Optimizer class, a function(parameters) that makes one, or a function "
@@ -211,7 +210,7 @@ class Method:
         failure = _failure(value, inner_value, norm, finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
-        behind = abs(lag) > LAG * alpha * abs(slope)
+        behind = abs(lag) > alpha * abs(slope)  # by more than the outer step is to gain
         if self.corrects and behind and not (numeric or move.failed):
             new_y = corrected(oracle, new_x, new_y, h, draws[0])
         cost = oracle.cost

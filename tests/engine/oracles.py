@@ -112,7 +112,8 @@ def solved_by_newton() -> None:
     """Where g is quadratic and g_xy constant, tangent and correction end on y*(x) at once."""
     method = bilevel.bisls("sgd", hypergradient=Implicit(ConjugateGradient(200, 0.0)))
     for inner_steps in (1, 5):
-        state = method.init(QUADRATIC.x, QUADRATIC.y)
+        far = 10 * flat(QUADRATIC.y)  # behind by more than the step gains, after any steps here
+        state = method.init(QUADRATIC.x, far)
         problem = Problem(QUADRATIC.outer, QUADRATIC.inner)
         state, record = method.step(problem, state, None, inner_steps)
         assert record.outer_step > 0

@@ -53,22 +53,23 @@ class Job(NamedTuple):
     seed: int = 0
 
     def method(self) -> bilevel.Method:
-        kind, _, detail = self.what.partition(" ")
+        kind, _, text = self.what.partition(" ")
+        detail: Any = text  # a name, which bilevel checks
         if kind == "fixed":
-            return bilevel.fixed(detail, self.a, self.b)  # type: ignore[arg-type]
+            return bilevel.fixed(detail, self.a, self.b)
         if kind == "bisls":
-            return bilevel.bisls(detail, self.a, self.b)  # type: ignore[arg-type]
+            return bilevel.bisls(detail, self.a, self.b)
         if kind == "reset":
-            return bilevel.bisls("sgd", reset=detail)  # type: ignore[arg-type]
+            return bilevel.bisls("sgd", reset=detail)
         falling = bilevel.bisps(self.a, self.a)
         if detail == "falling":
             return falling
-        rules = {
+        rules: dict[str, Any] = {
             name: Constant(rule.lower_bound, rule.c, rule.lower, rule.upper)
             for name in ("outer_rule", "inner_rule")
             if isinstance(rule := getattr(falling, name), Polyak)
         }
-        return replace(falling, averages=False, **rules)  # type: ignore[arg-type]
+        return replace(falling, averages=False, **rules)
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Cell(NamedTuple):
         return cls(name, *map(float, steps), decay=0.5 if text.endswith(" falling") else 0.0)
 
     def fixed(self) -> bilevel.Method:
-        return bilevel.fixed(self.method, self.outer, self.inner, decay=self.decay)  # type: ignore[arg-type]
+        direction: Any = self.method  # a name, which bilevel checks
+        return bilevel.fixed(direction, self.outer, self.inner, decay=self.decay)
 
 
 def decades(low: int, high: int) -> list[float]:

@@ -36,11 +36,11 @@ def variants() -> dict[str, Method]:
     """The default of BiSLS-Adam with one thing changed at a time."""
     default = bilevel.bisls("adam")
 
-    def armijo(**changes: object) -> Method:
-        return replace(default, outer_rule=replace(Armijo(), **changes))  # type: ignore[arg-type]
+    def armijo(**changes: Any) -> Method:
+        return replace(default, outer_rule=replace(Armijo(), **changes))
 
-    def adam(**changes: object) -> Method:
-        return replace(default, direction=replace(SEARCHED_ADAM, **changes))  # type: ignore[arg-type]
+    def adam(**changes: Any) -> Method:
+        return replace(default, direction=replace(SEARCHED_ADAM, **changes))
 
     return {
         "bisls-adam": default,

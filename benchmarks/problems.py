@@ -107,7 +107,8 @@ def solved(inner: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Flat images and labels of the training and validation parts."""
     data = load("digits")
-    return tuple((part[0].flatten(1), part[1]) for part in (data.train, data.validation))  # type: ignore[return-value]
+    train, validation = data.train, data.validation
+    return (train[0].flatten(1), train[1]), (validation[0].flatten(1), validation[1])
 
 
 def logits(y: Tensor, features: Tensor) -> Tensor:

@@ -192,6 +192,7 @@ class Ranks:
 
 
 def _agreed(error: Exception) -> Exception:
+    # read by getattr; an attribute keeps the class of the user's error, a subclass would not
     error.on_every_rank = True  # type: ignore[attr-defined]
     return error
 

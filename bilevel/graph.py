@@ -139,12 +139,13 @@ class Iterations:
             _, y, tally = while_loop(lambda t, y, tally: t < self.steps, inner, carry)
         inner_last_new, spoiled, beta, inner_trials, inner_failures = tally.unbind()
 
-        # the hypergradient
+        # the hypergradient; chunks lets Implicit alone pass, and _Traced stands in for its oracle
         solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
         m, v = rest[:2] if self.moments else (None, None)
+        # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         d, moved = self.method.direction(h.grad, Moments(m, v, n))  # type: ignore[arg-type]
 
         # the outer step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from bilevel import require
 from bilevel.layout import Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
+from bilevel.reuse import Habit, Reuse
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Problem:
     compile: bool = False
     # of each loss: whether it takes a batch, None where it may
     batched: dict[str, bool | None] = field(init=False, repr=False, compare=False)
+    habit: Habit = field(default_factory=Habit, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("outer", "inner"):
@@ -144,6 +147,7 @@ class Oracle:
             )
         self.problem, self.x, self.y = problem, x, y
         self.cost = Cost()
+        self._reuse = Reuse(problem.habit)
         self._randomness = Randomness(y.device)
         self._pair = _Pair(x, y) if x.module is not None or y.module is not None else None
 
@@ -191,7 +195,12 @@ class Oracle:
         return draw.evaluate(self._randomness, lambda: function(*args))
 
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        value = self.replayed(draw, self.call, level, x, y, self._batch(level, draw))
+        batch = self._batch(level, draw)
+        if level == "outer" or x.requires_grad:
+            value = self.replayed(draw, self.call, level, x, y, batch)
+        else:
+            loss = partial(self.call, level, x, y, batch)
+            value = self.replayed(draw, self._reuse.evaluate, x, y, draw.batch, loss)
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
             raise told(

@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "quick": {"steps": 20, "grid": "none"},
 }
 STEPS = {"digits": 50, "mnist": 500, "fashion-mnist": 500, "omniglot": 30}
-MARKS = {"omniglot": 6}  # features are slow to judge
+MARKS = {"digits": 10, "omniglot": 6}  # features are slow to judge
 FEATURES = 84
 
 

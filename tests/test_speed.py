@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import growth, hypergradients, memory, peers, small
+from benchmarks import growth, hypergradients, memory, peers, reuse, small
 
 
 def rows(path):
@@ -61,3 +61,11 @@ def test_growth(monkeypatch, tmp_path):
     found = rows(tmp_path / "growth.json")
     assert {row["at"] for row in found if row["what"] == "parameters"} == {100, 1000}
     assert all(row["ms"] > 0 for row in found)
+
+
+def test_reuse(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    reuse.main(["--sides", "8", "--batch", "8", "--repeats", "1", "--device", "cpu"])
+    found = rows(next(tmp_path.rglob("reuse-cpu.json")))
+    assert [row["pays"] for row in found] == ["False", "False"]  # far too small
+    assert all(row["times faster"] > 0 for row in found)

@@ -1,0 +1,206 @@
+"""Work of a loss that need be done once: what y does not enter, while x and the batch stay.
+
+An inner search evaluates g(x, y - t g_y) where g and g_y were evaluated just before. Where y is a
+head on features, of x or of a frozen network, these are most of the cost of a trial, and the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+# Watching an operation takes some 20 microseconds of Python: for each, so many floating-point
+# operations of a core, or of a GPU, are to be saved
+WORTH = {"cpu": 1e6}
+WORTH_ELSEWHERE = 1e9
+PLAIN = (Tensor, nn.Parameter)  # others may be anything
+PATIENCE = 3  # pairs of x and batch evaluated but once, after which nothing is kept any more
+
+
+@dataclass
+class Habit:
+    """What the first evaluations of a loss have shown.
+
+    Attributes:
+        pays: whether keeping results does; not where y enters nearly everything, where the work is
+            small beside watching it, and where every function is evaluated once, as by fixed
+            steps. None: not known yet.
+        once: pairs of x and batch in a row at which the loss was evaluated once.
+    """
+
+    pays: bool | None = None
+    once: int = 0
+
+
+class Reuse:
+    """Evaluates a loss, keeping what y does not enter until the next x or batch."""
+
+    def __init__(self, habit: Habit) -> None:
+        self._habit = habit
+        self._at: tuple[Tensor, Any] | None = None
+        self._kept = Kept()
+
+    def evaluate(self, x: Tensor, y: Tensor, batch: Any, loss: Callable[[], Tensor]) -> Tensor:
+        """``loss()``; of the same x and batch, the very objects, what is kept is not done again."""
+        habit = self._habit
+        if habit.pays is False:
+            return loss()
+        if self._at is None or self._at[0] is not x or self._at[1] is not batch:
+            if self._at is not None:
+                habit.once = 0 if self._kept.hits else habit.once + 1
+            self._at, self._kept = (x, batch), Kept()
+        with self._kept.apart_from(y):
+            value = loss()
+        if habit.pays is None:
+            worth = WORTH.get(y.device.type, WORTH_ELSEWHERE)
+            habit.pays = self._kept.flops > worth * self._kept.operations
+        if not habit.pays or habit.once >= PATIENCE:
+            habit.pays = False
+            self._at, self._kept = None, Kept()
+        return value
+
+
+class Kept(TorchDispatchMode):
+    """Results of operations, had again for the same operands: in the same memory, which nobody
+    has written into since.
+
+    Done anew is what y enters, and what draws random numbers, writes, is but a view, or is part of
+    a graph. Operands are held, so that nothing else can come to lie where they did.
+
+    Attributes:
+        operations: seen so far.   hits: those of them that were not done.
+        flops: floating-point operations of the kept ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.hits = self.flops = 0
+        self._results: dict[Any, _Result] = {}
+        self._varying: set[int] = set()  # memory that y has entered
+
+    def apart_from(self, y: Tensor) -> Kept:
+        self._varying = {_memory(y)}
+        return self
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether to keep torch's compiler out, which would import it and take seconds."""
+        return "torch._dynamo" in sys.modules
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.operations += 1
+        operands = [*_tensors(args), *_tensors(kwargs.values())]
+        varying = self._varying
+        fixed = all(
+            _plain(t) and not t.requires_grad and _memory(t) not in varying for t in operands
+        )
+        same = fixed and _determined(func) and not _trains(func, args)
+        key = None
+        if same and _makes_new(func):
+            key = _described((func, args, tuple(kwargs.items())))
+            if (found := self._results.get(key)) and found.untouched():
+                self.hits += 1
+                return found.value
+        value = func(*args, **kwargs)
+        results = list(_tensors((value,)))
+        if not all(map(_plain, results)):
+            return value
+        memories = map(_memory, results)
+        if not same:
+            varying.update(memories)
+        elif key is not None:
+            varying.difference_update(memories)  # what y had entered there is gone
+            self._results[key] = _Result(value, operands, results, [t._version for t in results])
+            count = flop_registry.get(func.overloadpacket)
+            self.flops += count(*args, **kwargs, out_val=value) if count else 0
+        return value
+
+
+class _Result(NamedTuple):
+    value: Any
+    operands: list[Tensor]
+    tensors: Sequence[Tensor]
+    versions: list[int]
+
+    def untouched(self) -> bool:
+        return all(
+            t._version == version and not t.requires_grad
+            for t, version in zip(self.tensors, self.versions, strict=True)
+        )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether its memory and version tell it from others."""
+    return type(t) in PLAIN and t.layout is torch.strided and not t.is_inference()
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _described(value: Any) -> Any:
+    """What tells an operand from others."""
+    if isinstance(value, Tensor):
+        return (
+            value.data_ptr(),
+            value.shape,
+            value.stride(),
+            value.dtype,
+            value._version,
+            value.is_conj(),
+            value.is_neg(),
+        )
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value  # since 1 == 1.0 == True
+
+
+@cache
+def _determined(func: Any) -> bool:
+    """Whether the operands decide the result. Of operations from elsewhere, nobody knows."""
+    return (
+        isinstance(func, OpOverload)
+        and func.namespace == "aten"
+        and torch.Tag.nondeterministic_seeded not in func.tags
+        and "empty" not in func.name()
+    )
+
+
+@cache
+def _switch(func: Any) -> int | None:
+    names = [argument.name for argument in func._schema.arguments]
+    return names.index("training") if "training" in names else None
+
+
+def _trains(func: Any, args: Sequence[Any]) -> bool:
+    """Whether it is a normalisation that writes its running statistics, which no schema says."""
+    place = _switch(func)
+    return place is not None and not (place < len(args) and args[place] is False)
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether it writes nothing, and its result is no view."""
+    return not func._schema.is_mutable and all(
+        value.alias_info is None for value in func._schema.returns
+    )

@@ -66,7 +66,8 @@ def hypergradient(
         outer, inner, x, y: as for :func:`bilevel.solve`; nothing is modified.
         outer_batch, inner_batch: batches for the two losses; None: the loss takes none.
         method: :class:`Implicit`, :class:`Unrolled` or :class:`FiniteDifference`.
-        inner_batches: independent batches for the factors of :class:`StochasticNeumann`.
+        inner_batches: independent batches, for ``Implicit(average=...)`` and for the factors of
+            :class:`StochasticNeumann`.
 
     On several ranks (see :func:`bilevel.solve`) all must call it, each with its own shards.
 

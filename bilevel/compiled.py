@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad_and_value, jvp, vjp
 
 from bilevel.layout import Layout
-from bilevel.problem import Draw, Oracle, Problem, Products
+from bilevel.problem import Draw, Joint, Oracle, Problem, Products
 
 Function = Callable[..., Any]
 
@@ -45,6 +45,8 @@ class CompiledOracle(Oracle):
         self._functions = _compiled(self, problem, x, y)
 
     def _run(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
+        if isinstance(draw, Joint):
+            return _mean([self._run(name, d, level, *args) for d in draw.draws])
         return self.replayed(draw, self._functions[name], *args, self._batch(level, draw))
 
     def _try(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
@@ -69,14 +71,14 @@ class CompiledOracle(Oracle):
             found = self._try(level, draw, level, x, y)
         if found is None:
             return super().value(level, x, y, draw)
-        self.cost.loss_evaluations += 1
+        self.cost.loss_evaluations += draw.count
         return found
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         found = self._try("outer_gradients", draw, "outer", x, y)
         if found is None:
             return super().outer_gradients(x, y, draw)
-        self.cost.gradients += 1
+        self.cost.gradients += draw.count
         (fx, fy), value = found
         return value, fx, fy
 
@@ -84,7 +86,7 @@ class CompiledOracle(Oracle):
         found = self._try("inner_gradient", draw, "inner", x, y)
         if found is None:
             return super().inner_gradient(x, y, draw)
-        self.cost.gradients += 1
+        self.cost.gradients += draw.count
         gy, value = found
         return value, gy
 
@@ -118,7 +120,7 @@ class CompiledProducts:
     def _product(
         oracle: CompiledOracle, x: Tensor, y: Tensor, draw: Draw, name: str, u: Tensor
     ) -> Any:
-        oracle.cost.hessian_products += 1
+        oracle.cost.hessian_products += draw.count
         return oracle._run(name, draw, "inner", x, y, u)
 
     def product(self, u: Tensor) -> Tensor:
@@ -129,6 +131,13 @@ class CompiledProducts:
 
     def forward(self, d: Tensor) -> Tensor:
         return self._apply("forward", d)
+
+
+def _mean(results: Sequence[Any]) -> Any:
+    """Of results that are tensors, or nests of tuples of them."""
+    if isinstance(results[0], tuple):
+        return tuple(map(_mean, zip(*results, strict=True)))
+    return torch.stack(list(results)).mean(0)
 
 
 _cache: weakref.WeakKeyDictionary[Layout, dict[str, Any]] = weakref.WeakKeyDictionary()

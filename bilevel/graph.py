@@ -141,7 +141,10 @@ class Iterations:
 
         # the hypergradient; chunks lets Implicit alone pass, and _Traced stands in for its oracle
         solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
-        h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
+        average: int = self.method.hypergradient.average  # type: ignore[attr-defined]
+        implicit = Implicit(solver, average=average)
+        h = implicit.estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
+        joined = min(average, len(hessian))  # what each derivative of g costs
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
         m, v = rest[:2] if self.moments else (None, None)
@@ -170,7 +173,7 @@ class Iterations:
             if follow is None:
                 return value, 1
             assert isinstance(trusted, Tensor)
-            return torch.where(trusted, value, torch.inf), trusted + 2
+            return torch.where(trusted, value, torch.inf), trusted + 2 * joined
 
         found = _move(rule, h.value, slope, phi, k, outer_last)
         alpha, outer_last_new, outer_trials, failed, evaluations = found
@@ -231,8 +234,8 @@ class Iterations:
             "inner_trials": inner_trials,
             "inner_failures": inner_failures,
             "failed": failed,
-            "gradients": torch.full((), self.steps + 2),
-            "hessian_products": sum(solver.counts, nothing),
+            "gradients": torch.full((), self.steps + 1 + joined),
+            "hessian_products": joined * sum(solver.counts, nothing),
             "loss_evaluations": inner_trials + evaluations + int(self.averaged),
         }
         return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
@@ -336,11 +339,19 @@ class _Traced:
         self._oracle = oracle
 
     def _loss(self, level: str, draw: Draw) -> Callable[[Tensor, Tensor], Tensor]:
-        batch = self._oracle._batch(level, draw)
-        return lambda x, y: self._oracle.call(level, x, y, batch)
+        batches = [self._oracle._batch(level, d) for d in draw.draws]
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            values = [self._oracle.call(level, x, y, batch) for batch in batches]
+            return torch.stack(values).mean() if len(values) > 1 else values[0]
+
+        return loss
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         return self._loss(level, draw)(x, y)
+
+    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
+        return [self.value(level, x, y, draw) for y in ys]
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         (fx, fy), value = grad_and_value(self._loss("outer", draw), argnums=(0, 1))(x, y)

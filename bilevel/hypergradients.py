@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel import require
 from bilevel.linear import PRODUCTS, Neumann, Solver, curvature, solved
-from bilevel.problem import Draw, Oracle, Products
+from bilevel.problem import Draw, Oracle, Products, joint
 
 # (t, x + t d) -> y(t), and whether it can be trusted
 Follow = Callable[["float | Tensor", Tensor], tuple[Tensor, "Tensor | bool"]]
@@ -101,9 +101,13 @@ class Implicit:
     Args:
         solver: :class:`Neumann`, :class:`StochasticNeumann`, :class:`ConjugateGradient`,
             :class:`Nystrom`, :class:`Identity`, or any ``solver(product, b, q0) -> q``.
+        average: number of independent inner batches over which g is averaged before it is
+            differentiated, >= 1. Products cost that many; on small batches, whose Hessians are
+            far from that of all data, they are worth it. Where there are fewer, those.
     """
 
     solver: Solver = field(default_factory=Neumann)
+    average: int = field(default=1, kw_only=True)
 
     keep: Literal["nothing"] = field(default="nothing", init=False, repr=False)
     window: None = field(default=None, init=False, repr=False)
@@ -111,11 +115,18 @@ class Implicit:
     def __post_init__(self) -> None:
         examples = "bilevel.ConjugateGradient(), Neumann(), Nystrom(), Identity() or a function"
         what = "a solver(product, b, q0)"
-        require.made_by(type(self).__name__, "solver", self.solver, "__call__", what, examples)
+        name = type(self).__name__
+        require.made_by(name, "solver", self.solver, "__call__", what, examples)
+        require.whole(name, "average", self.average, hint=", which counts inner batches, such as 2")
+        if self.average > 1 and getattr(self.solver, "batches", 1) > 1:
+            raise ValueError(
+                f"{name}(average={self.average}) with {self.solver!r}, which asks for a batch of "
+                f"its own for each factor: there is nothing to average; leave average out."
+            )
 
     @property
     def batches(self) -> int:
-        return getattr(self.solver, "batches", 1)
+        return max(self.average, getattr(self.solver, "batches", 1))
 
     def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Products:
         return oracle.record(x, y, draw)
@@ -132,7 +143,8 @@ class Implicit:
     ) -> Estimate:
         del path
         value, fx, fy = oracle.outer_gradients(x, y, outer)
-        pull = self._pullback(oracle, x, y, inner[0])
+        draw = joint(inner[: self.average])
+        pull = self._pullback(oracle, x, y, draw)
         others: dict[int, Products] = {}
 
         def product(u: Tensor, j: int = 0) -> Tensor:
@@ -163,8 +175,8 @@ class Implicit:
                 # going along the tangent must serve the inner loss better than staying: to first
                 # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it
                 yt = y + t * w
-                moved = oracle.value("inner", xt, yt, inner[0])
-                stayed = oracle.value("inner", xt, y, inner[0]) + t * drift
+                moved, stayed = oracle.values("inner", xt, (yt, y), draw)
+                stayed = stayed + t * drift
                 rounding = 8 * torch.finfo(y.dtype).eps * stayed.abs()
                 return yt, moved <= stayed + rounding
 
@@ -185,7 +197,7 @@ class FiniteDifference(Implicit):
     a central difference: about eps^(2/3), so 1e-5 in float32.
 
     Args:
-        solver: as for :class:`Implicit`.
+        solver, average: as for :class:`Implicit`.
         eps: length of the displacement relative to 1 + ||y|| (or ||x||); None: the cube root of
             the machine precision.
     """

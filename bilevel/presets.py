@@ -15,8 +15,9 @@ from bilevel.trials import Response
 
 Direction = Literal["adam", "sgd"]
 
-# Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy
-DEFAULT = Implicit(ConjugateGradient(steps=20, rtol=0.1))
+# Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy.
+# Two batches, where there are some: what the Hessian of one misses costs more than its products
+DEFAULT = Implicit(ConjugateGradient(steps=20, rtol=0.1), average=2)
 
 # Little momentum and a bounded preconditioner: a searched step needs a direction of descent
 SEARCHED_ADAM = Adam(beta1=0.5, beta2=0.999, eps=1e-2, normalised=True)
@@ -48,7 +49,7 @@ def bisls(
         reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' on the tangent
             twice it), 'last', 'fixed'.
         hypergradient: None: implicit, by conjugate gradients to a relative
-            residual of 0.1 in at most 20 steps.
+            residual of 0.1 in at most 20 steps, g averaged over two inner batches.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.
         inner_solver: your own way to y instead of gradient steps: a torch.optim.Optimizer class; a
             function(parameters) that makes an optimizer, or a pair of one and a scheduler; or a

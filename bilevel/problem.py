@@ -7,7 +7,7 @@ y, g, beta the inner (lower) ones. g_yy is a Hessian block, g_xy u its product w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -76,8 +76,11 @@ class Draw:
     global generators advance as if each draw had been evaluated once.
     """
 
+    count = 1
+
     def __init__(self, batch: Any = None) -> None:
         self.batch = batch
+        self.draws: tuple[Draw, ...] = (self,)
         self._before: list[Tensor] | None = None
         self._random = False
 
@@ -100,6 +103,23 @@ class Draw:
             return function()
         finally:
             randomness.restore(now)
+
+
+class Joint(Draw):
+    """Several draws as one: the loss is the mean of theirs."""
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        super().__init__()
+        self.draws = tuple(draws)
+        self.count = len(draws)
+
+
+def joint(draws: Sequence[Draw]) -> Draw:
+    """The draws as one; of a batch that comes more than once, the first."""
+    seen: dict[int, Draw] = {}
+    for draw in draws:
+        seen.setdefault(id(draw.batch), draw)
+    return Joint(list(seen.values())) if len(seen) > 1 else draws[0]
 
 
 class _Pair(nn.Module):
@@ -195,6 +215,8 @@ class Oracle:
         return draw.evaluate(self._randomness, lambda: function(*args))
 
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        if isinstance(draw, Joint):
+            return torch.stack([self._loss(level, x, y, d) for d in draw.draws]).mean()
         batch = self._batch(level, draw)
         if level == "outer" or x.requires_grad:
             value = self.replayed(draw, self.call, level, x, y, batch)
@@ -224,15 +246,20 @@ class Oracle:
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         """The loss, without a graph."""
-        self.cost.loss_evaluations += 1
+        self.cost.loss_evaluations += draw.count
         with torch.no_grad():
             return self._loss(level, x, y, draw)
+
+    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
+        """The loss at several y, without a graph; what y does not enter is done once a draw."""
+        each = [torch.stack([self.value(level, x, y, d) for y in ys]) for d in draw.draws]
+        return list(torch.stack(each).mean(0).unbind())
 
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw
     ) -> tuple[Tensor, tuple[bool, bool]]:
         """The loss, and whether x and y enter it. Costs a gradient."""
-        self.cost.gradients += 1
+        self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             value = self._loss(level, x, y, draw)
@@ -243,7 +270,7 @@ class Oracle:
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """f, f_x, f_y."""
-        self.cost.gradients += 1
+        self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             value = self._loss("outer", x, y, draw)
@@ -252,7 +279,7 @@ class Oracle:
 
     def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """g, g_y."""
-        self.cost.gradients += 1
+        self.cost.gradients += draw.count
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             value = self._loss("inner", x, y, draw)
@@ -261,7 +288,7 @@ class Oracle:
 
     def inner_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """g, g_x, g_y."""
-        self.cost.gradients += 1
+        self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             value = self._loss("inner", x, y, draw)
@@ -304,8 +331,8 @@ class Pullback:
     """:class:`Products` from one recorded graph of g_y: each costs about one gradient."""
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> None:
-        self._cost = oracle.cost
-        self._cost.gradients += 1
+        self._cost, self._count = oracle.cost, draw.count
+        self._cost.gradients += draw.count
         with torch.enable_grad():
             self._x, self._y = x.detach().requires_grad_(), y.detach().requires_grad_()
             value = oracle._loss("inner", self._x, self._y, draw)
@@ -314,12 +341,12 @@ class Pullback:
 
     def product(self, u: Tensor) -> Tensor:
         """g_yy u, shape of y."""
-        self._cost.hessian_products += 1
+        self._cost.hessian_products += self._count
         return _gradients(self._gy, (self._y,), u, retain_graph=True)[0]
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """g_xy u, shape of x, and g_yy u, shape of y, in one pass."""
-        self._cost.hessian_products += 1
+        self._cost.hessian_products += self._count
         gxy, gyy = _gradients(self._gy, (self._x, self._y), u, retain_graph=True)
         return gxy, gyy
 
@@ -330,7 +357,7 @@ class Pullback:
         g_yx d at any u: a forward derivative from two backward passes, without the operators
         that lack a forward mode.
         """
-        self._cost.hessian_products += 1
+        self._cost.hessian_products += self._count
         with torch.enable_grad():
             u = torch.zeros_like(self._gy, requires_grad=True)
             (gxy,) = _gradients(self._gy, (self._x,), u, retain_graph=True, create_graph=True)

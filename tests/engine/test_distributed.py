@@ -363,7 +363,8 @@ def counted(rank, size, folder):
     for name in COLLECTIVES:
         setattr(dist, name, wrap(name))
     try:
-        go(rank, size, callback=note)
+        one = bilevel.Implicit(bilevel.ConjugateGradient(rtol=0.1))
+        go(rank, size, callback=note, method=bilevel.bisls(hypergradient=one))
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)

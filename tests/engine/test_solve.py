@@ -151,8 +151,8 @@ def test_solve_is_a_loop_with_batches():
         )
         problem, state, at = Problem(outer, inner), method.init(x, y), 0
         for k in range(6):
-            taken = [inner_data[(at + j) % 7] for j in range(4)]
-            at += 4
+            taken = [inner_data[(at + j) % 7] for j in range(5)]
+            at += 5
             state, _ = method.step(problem, state, outer_data[k % 2], taken[:3], taken[3:])
         assert torch.equal(result.x, state.x) and torch.equal(result.y, state.y)
 
@@ -453,7 +453,7 @@ def test_a_loss_that_becomes_not_finite(level, bad, name):
             return lambda x, y, scale: scale * base(x, y)
         return base
 
-    data = {f"{level}_data": [t(1.0)] * (3 if level == "outer" else 12) + [t(bad)] * 9}
+    data = {f"{level}_data": [t(1.0)] * (3 if level == "outer" else 15) + [t(bad)] * 9}
     result = bilevel.solve(
         loss("outer"), loss("inner"), case.x, case.y, method=name, steps=6, inner_steps=3, **data
     )

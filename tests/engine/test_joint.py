@@ -1,0 +1,118 @@
+"""g averaged over several inner batches before it is differentiated."""
+
+import pytest
+import torch
+
+import bilevel
+from bilevel import ConjugateGradient, FiniteDifference, Implicit, StochasticNeumann
+from bilevel.layout import Layout
+from bilevel.problem import Draw, Problem, joint, make_oracle
+
+G = torch.Generator().manual_seed(3)
+
+
+def t(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=G)
+
+
+ROWS, TARGETS = t(12, 5), t(12)
+X, Y = t(4), t(5)
+MIX = t(5, 4)
+
+
+def inner(x, y, batch):
+    """Not quadratic, not symmetric, and a mean over the rows of the batch."""
+    rows, targets = batch
+    r = rows @ y - targets * x.sum()
+    return (r.square() / 2 + r.cos()).mean() + (y - MIX @ x.tanh()).square().sum() / 4
+
+
+def outer(x, y):
+    return (y.sin() * y).sum() + (x.square() * torch.arange(4)).sum()
+
+
+def batch(*rows):
+    return ROWS[list(rows)], TARGETS[list(rows)]
+
+
+PARTS = [batch(0, 1, 2, 3), batch(4, 5, 6, 7), batch(8, 9, 10, 11)]
+EXACT = ConjugateGradient(steps=50, rtol=0)
+
+
+def derivative(method, **batches):
+    return bilevel.hypergradient(outer, inner, X, Y, method=method, **batches)
+
+
+@pytest.mark.parametrize("make, error", [(Implicit, 1e-12), (FiniteDifference, 1e-6)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_it_is_the_hypergradient_of_all_their_rows(make, error, count):
+    found = derivative(make(EXACT, average=count), inner_batches=PARTS)
+    whole = derivative(make(EXACT), inner_batch=batch(*range(4 * count)))
+    assert torch.allclose(found.grad, whole.grad, rtol=error, atol=error)
+    alone = derivative(make(EXACT), inner_batch=PARTS[0])
+    assert (count == 1) == torch.allclose(found.grad, alone.grad, rtol=1e-3)
+
+
+def test_each_batch_is_counted():
+    one = derivative(Implicit(ConjugateGradient(steps=3, rtol=0)), inner_batches=PARTS)
+    two = derivative(Implicit(ConjugateGradient(steps=3, rtol=0), average=2), inner_batches=PARTS)
+    assert two.hessian_products == 2 * one.hessian_products
+    assert two.gradients == one.gradients + 1
+
+
+def test_a_batch_that_comes_twice_is_one():
+    same = Draw(PARTS[0])
+    assert joint([same, Draw(PARTS[0])]) is same
+    assert joint([same, Draw(PARTS[1]), Draw(PARTS[0])]).count == 2
+    assert joint([Draw(), Draw()]).count == 1
+    seen = []
+
+    def watched(x, y, batch):
+        seen.append(id(batch[0]))
+        return inner(x, y, batch)
+
+    for data, most in (([PARTS[0]], 1), (PARTS, 3)):
+        seen.clear()
+        method = bilevel.bisls(hypergradient=Implicit(EXACT, average=3))
+        bilevel.solve(outer, watched, X, Y, inner_data=data, method=method, steps=1, inner_steps=1)
+        assert len(set(seen)) == most
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_trial_follows_the_tangent_of_their_mean(compile):
+    """One step is the same on two batches as on one with the rows of both."""
+    layouts = Layout(X, "x"), Layout(Y, "y")
+    oracle = make_oracle(Problem(outer, inner, compile=compile), *layouts)
+    estimates = [
+        Implicit(EXACT, average=2).estimate(oracle, X, Y, Draw(), draws, [], None)
+        for draws in ([Draw(PARTS[0]), Draw(PARTS[1])], [Draw(batch(*range(8)))])
+    ]
+    d = t(4)
+    slopes, ends = zip(*((h.respond(d)[0], h.respond(d)[1](0.3, X + 0.3 * d)) for h in estimates),
+                       strict=True)  # fmt: skip
+    close = dict(rtol=1e-9, atol=1e-9)
+    assert torch.allclose(*slopes, **close) and torch.allclose(ends[0][0], ends[1][0], **close)
+    assert bool(ends[0][1]) == bool(ends[1][1])
+    assert torch.allclose(*(h.newton() for h in estimates), **close)
+    assert torch.allclose(*(h.lag for h in estimates), **close)
+
+
+def test_values_at_several_y():
+    oracle = make_oracle(Problem(outer, inner), Layout(X, "x"), Layout(Y, "y"))
+    several = joint([Draw(p) for p in PARTS])
+    found = oracle.values("inner", X, (Y, 2 * Y), several)
+    assert oracle.cost.loss_evaluations == 6
+    for value, y in zip(found, (Y, 2 * Y), strict=True):
+        assert torch.allclose(value, inner(X, y, batch(*range(12))), rtol=1e-13)
+
+
+@pytest.mark.parametrize("average", [0, -1, 1.5, "two", True])
+def test_what_counts_no_batches_is_refused(average):
+    with pytest.raises((TypeError, ValueError), match="average"):
+        Implicit(average=average)
+
+
+def test_a_series_with_batches_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="a batch of its own for each factor"):
+        Implicit(StochasticNeumann(5), average=2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import bilevel
-from benchmarks.problems import CASES, INNER, STEPS, Case, distillation, outcome
+from benchmarks.problems import CASES, INNER, STEPS, Case, distillation, outcome, representation
 from benchmarks.report import write
 from bilevel.method import Method
 from bilevel.presets import SEARCHED_ADAM
@@ -23,13 +23,14 @@ from bilevel.rules import Adam, Armijo
 PROBLEMS: dict[str, Callable[[int], Case]] = {
     **CASES,
     "distillation, batch 16": lambda seed: distillation(seed, 16),
+    "hyper-representation, batch 16": lambda seed: representation(seed, 16),
 }
 SHOWN = ["ridge, condition 1e4", "distillation, batch 64", "distillation, batch 16"]
 SHOWN += ["hyper-representation"]
 
 
-def cg(steps: int, rtol: float) -> bilevel.Implicit:
-    return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol))
+def cg(steps: int, rtol: float, average: int = 2) -> bilevel.Implicit:
+    return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol), average=average)
 
 
 def variants() -> dict[str, Method]:
@@ -62,8 +63,10 @@ def variants() -> dict[str, Method]:
         "CG rtol 0.3": bilevel.bisls("adam", hypergradient=cg(20, 0.3)),
         "CG 3 steps": bilevel.bisls("adam", hypergradient=cg(3, 0.1)),
         "Neumann 10 terms": bilevel.bisls(
-            "adam", hypergradient=bilevel.Implicit(bilevel.Neumann(10))
+            "adam", hypergradient=bilevel.Implicit(bilevel.Neumann(10), average=2)
         ),
+        "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 1)),
+        "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 4)),
         "beta1 = 0": adam(beta1=0.0),
         "beta1 = 0.9": adam(beta1=0.9),
         "eps = 1e-8": adam(eps=1e-8),

@@ -20,6 +20,9 @@ class Cycle:
     ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
     ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew.
 
+    Attributes:
+        single: whether one batch is all there is.
+
     Raises:
         TypeError: the data cannot be iterated over, or only once.
         ValueError: it is empty.
@@ -46,7 +49,11 @@ class Cycle:
         self._position = 0
         self._passes = 0  # begun so far
         self._start: dict[str, Tensor] = {}
-        self._one = isinstance(data, list | tuple) and len(data) == 1  # stays at its start
+        try:
+            self.single = len(data) == 1
+        except (TypeError, NotImplementedError):  # as of an IterableDataset
+            self.single = False
+        self._one = self.single and isinstance(data, list | tuple)  # stays at its start
 
     def next(self) -> Any:
         if self._one:

@@ -102,8 +102,9 @@ class Implicit:
         solver: :class:`Neumann`, :class:`StochasticNeumann`, :class:`ConjugateGradient`,
             :class:`Nystrom`, :class:`Identity`, or any ``solver(product, b, q0) -> q``.
         average: number of independent inner batches over which g is averaged before it is
-            differentiated, >= 1. Products cost that many; on small batches, whose Hessians are
-            far from that of all data, they are worth it. Where there are fewer, those.
+            differentiated, >= 1. Products cost that many, and as many graphs are held; on small
+            batches, whose Hessians are far from that of all data, they are worth it. Where there
+            are fewer, those.
     """
 
     solver: Solver = field(default_factory=Neumann)

@@ -258,7 +258,8 @@ class _Source:
         if "inner_data" not in self._cycles:
             return outer, [None] * self._steps, None
         cycle = self._cycles["inner_data"]
-        inner, hessian = cycle.take(self._steps), cycle.take(self._hessian)
+        inner = cycle.take(self._steps)
+        hessian = cycle.take(1 if cycle.single else self._hessian)
         return outer, inner, list({id(batch): batch for batch in hessian}.values())
 
     def state_dict(self) -> dict[str, Any]:

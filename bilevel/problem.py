@@ -76,13 +76,18 @@ class Draw:
     global generators advance as if each draw had been evaluated once.
     """
 
-    count = 1
-
     def __init__(self, batch: Any = None) -> None:
         self.batch = batch
-        self.draws: tuple[Draw, ...] = (self,)
         self._before: list[Tensor] | None = None
         self._random = False
+
+    @property
+    def draws(self) -> Sequence[Draw]:
+        return (self,)
+
+    @property
+    def count(self) -> int:
+        return len(self.draws)
 
     def evaluate(self, randomness: Randomness, function: Callable[[], Any]) -> Any:
         if self._before is None:
@@ -110,8 +115,11 @@ class Joint(Draw):
 
     def __init__(self, draws: Sequence[Draw]) -> None:
         super().__init__()
-        self.draws = tuple(draws)
-        self.count = len(draws)
+        self._draws = draws
+
+    @property
+    def draws(self) -> Sequence[Draw]:
+        return self._draws
 
 
 def joint(draws: Sequence[Draw]) -> Draw:

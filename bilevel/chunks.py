@@ -24,6 +24,9 @@ from bilevel.record import Record
 from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
 
 SLOTS = 64  # iterations in one call at most
+# where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
+# their last reader: with two Hessian batches results were wrong from the second iteration on
+OPTIONS = {"cpp_wrapper": True, "allow_buffer_reuse": False, "inplace_buffers": False}
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
 
@@ -136,7 +139,7 @@ class Chunks:
             state.average is not None,
             self.fresh,
         )
-        self._graph = compiled(iterations.__call__, dynamic=False, options={"cpp_wrapper": True})
+        self._graph = compiled(iterations.__call__, dynamic=False, options=OPTIONS)
 
     def _several(self, state: State, first: Any, count: int) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""

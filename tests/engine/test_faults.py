@@ -276,7 +276,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_batch_that_is_wrong(wrong, name, level, tmp_path):
     bad, words = WRONG[wrong]
-    at = 2 if level == "outer" else 2 * 3
+    at = 2 if level == "outer" else 2 * 4
 
     def solve(at, steps, **options):
         data = {"outer_data": Loader(-1, None), "inner_data": Loader(-1, None)}
@@ -317,7 +317,7 @@ def test_data_that_ends_early():
             inner_steps=1, steps=9,
         )  # fmt: skip
     assert "is empty: iterating over it gave no batch" in result.reason
-    assert flat(result.x).isfinite().all() and len(result.history) == 3
+    assert flat(result.x).isfinite().all() and len(result.history) == 2
 
 
 # -- losses without a good answer -----------------------------------------------------------------

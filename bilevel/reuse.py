@@ -47,25 +47,27 @@ class Reuse:
     def __init__(self, habit: Habit) -> None:
         self._habit = habit
         self._at: tuple[Tensor, Any] | None = None
-        self._kept = Kept()
+        self._kept: Kept | None = None
 
     def evaluate(self, x: Tensor, y: Tensor, batch: Any, loss: Callable[[], Tensor]) -> Tensor:
         """``loss()``; of the same x and batch, the very objects, what is kept is not done again."""
         habit = self._habit
         if habit.pays is False:
             return loss()
-        if self._at is None or self._at[0] is not x or self._at[1] is not batch:
-            if self._at is not None:
-                habit.once = 0 if self._kept.hits else habit.once + 1
-            self._at, self._kept = (x, batch), Kept()
-        with self._kept.apart_from(y):
+        kept = self._kept
+        if kept is None or self._at is None or self._at[0] is not x or self._at[1] is not batch:
+            if kept is not None:
+                habit.once = 0 if kept.hits else habit.once + 1
+            kept = Kept()
+            self._at, self._kept = (x, batch), kept
+        with kept.apart_from(y):
             value = loss()
         if habit.pays is None:
             worth = WORTH.get(y.device.type, WORTH_ELSEWHERE)
-            habit.pays = self._kept.flops > worth * self._kept.operations
+            habit.pays = kept.flops > worth * kept.operations
         if not habit.pays or habit.once >= PATIENCE:
             habit.pays = False
-            self._at, self._kept = None, Kept()
+            self._at = self._kept = None
         return value
 
 

@@ -23,7 +23,7 @@ from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import ConjugateGradient, Product, Solver
 from bilevel.method import Method
-from bilevel.problem import Draw, Oracle
+from bilevel.problem import Draw, Joint, Oracle
 from bilevel.rules import Armijo, Fixed, Moments, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
 
@@ -142,9 +142,10 @@ class Iterations:
         # the hypergradient; chunks lets Implicit alone pass, and _Traced stands in for its oracle
         solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
         average: int = self.method.hypergradient.average  # type: ignore[attr-defined]
-        implicit = Implicit(solver, average=average)
-        h = implicit.estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
-        joined = min(average, len(hessian))  # what each derivative of g costs
+        if average > 1:  # as one draw: which batches are the same object cannot be asked in a graph
+            hessian = [Joint(hessian[:average])]
+        h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
+        joined = hessian[0].count  # what each derivative of g costs
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
         m, v = rest[:2] if self.moments else (None, None)

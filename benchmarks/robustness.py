@@ -88,6 +88,9 @@ def changed(case: Case, change: Change) -> Case:
     return replace(case, outer=outer, inner=inner, x=x, y=y, objective=objective)
 
 
+ENDED: dict[tuple[Any, ...], dict[str, float]] = {}  # runs from the state after one iteration
+
+
 def run(job: tuple[str, str, Change, int, int]) -> dict[str, float]:
     name, method, change, steps, seed = job
     torch.set_num_threads(1)
@@ -95,7 +98,16 @@ def run(job: tuple[str, str, Change, int, int]) -> dict[str, float]:
     case = changed(made, change)
     direction: Any = method.removeprefix("bisls-")  # a name, which bilevel checks
     rule = bilevel.bisls(direction, *change.starts)
-    return outcome(case, rule, steps, change.inner_steps, seed)
+    if change.what not in ("none", "starts"):
+        return outcome(case, rule, steps, change.inner_steps, seed)
+    # first steps are forgotten where the state after one iteration is the same to the last bit
+    state = case.solve(rule, steps=1, inner_steps=change.inner_steps, seed=seed).state
+    tensors = (*state.vectors, state.q, *state.moments[:2])
+    bits = b"".join(t.numpy().tobytes() for t in tensors if t is not None)
+    key = (name, method, steps, seed, state.outer_last, state.inner_last, state.noise, bits)
+    if key not in ENDED:
+        ENDED[key] = outcome(case, rule, steps, change.inner_steps, seed)
+    return ENDED[key]
 
 
 def main(argv: list[str]) -> None:
@@ -136,6 +148,7 @@ def summary(runs: list[dict[str, float]], seeds: int) -> dict[str, Any]:
     by_seed = [values[seed::seeds] for seed in range(seeds)]
     return {
         "runs": len(runs),
+        "different": len(set(values)),
         "best": statistics.mean(min(v) for v in by_seed),
         "worst": statistics.mean(max(v) for v in by_seed),
         "unfinished": sum(r["unfinished"] for r in runs),

@@ -14,6 +14,7 @@ import torch
 
 from bilevel.average import Average
 from bilevel.distributed import Ranks
+from bilevel.noise import Noise
 from bilevel.problem import Cost
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
@@ -22,7 +23,7 @@ from bilevel.rules import Moments
 if TYPE_CHECKING:
     from bilevel.method import State
 
-VERSION = 2
+VERSION = 3
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
@@ -178,6 +179,7 @@ def pack(state: State, history: list[Record]) -> dict[str, Any]:
         "cost": asdict(state.cost),
         "seconds": state.seconds,
         "failures": state.failures,
+        "noise": list(state.noise),
         "history": [record.asdict() for record in history],
     }
 
@@ -213,5 +215,6 @@ def unpack(content: dict[str, Any], state: State) -> tuple[State, list[Record]]:
         cost=Cost(**content["cost"]),
         seconds=content["seconds"],
         failures=content["failures"],
+        noise=Noise(*content["noise"]),
     )
     return restored, [Record(**record) for record in content["history"]]

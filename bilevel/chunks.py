@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import StochasticNeumann
 from bilevel.method import Method, State, _failure
+from bilevel.noise import Noise, settles
 from bilevel.problem import Cost, Oracle, Problem
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
@@ -27,6 +28,7 @@ SLOTS = 64  # iterations in one call at most
 # where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
 # their last reader: with two Hessian batches results were wrong from the second iteration on
 OPTIONS = {"cpp_wrapper": True, "allow_buffer_reuse": False, "inplace_buffers": False}
+SETTLED = 8  # iterations before which the number of Hessian batches is not worth a graph
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
 
@@ -62,11 +64,9 @@ class Chunks:
         self.fresh, self.start = fresh, state.vectors[1]
         ends = (-1.0 if tol is None else tol, most_failures)
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
-        self.slots = 1 if singly else SLOTS
+        self.most = 1 if singly else SLOTS
         self.seconds = 0.0  # of one iteration, as last seen
-        self._graph: Callable[..., Any] | None = None
-        self._form: Any = None  # of the batches of an iteration
-        self._stacks: list[list[Tensor]] = []
+        self._prepared: dict[int, _Prepared] = {}  # for so many Hessian batches
         self.usable = True
         if reason := _unfit(method, problem, state):
             self._refuse(reason)
@@ -84,10 +84,11 @@ class Chunks:
         """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
         count = self._count(state, limit)
         form, tensors = _parts(batches) if count else (None, [])
-        if count and self._graph is None:
-            self._prepare(state, batches, form, tensors)
-        if count and self.usable and form == self._form:
-            if found := self._several(state, tensors, min(count, self.slots)):
+        ready = self._prepared.get(state.noise.batches)
+        if count and ready is None:
+            ready = self._prepare(state, batches, form, tensors)
+        if count and ready is not None and form == ready.form:
+            if found := self._several(ready, state, tensors, min(count, ready.slots)):
                 return found
         state, record = self.method.step(self.problem, state, *batches)
         return state, [record]
@@ -101,83 +102,100 @@ class Chunks:
             (self.method.inner_rule, state.inner_last),
         )
         measuring = [(r, last) for r, last in rules if isinstance(r, Polyak)]
+        settling = self.method.hypergradient.batches == "auto" and state.noise.terms > 0
+        if settling and state.k < SETTLED:
+            return 0
         limit = min(limit, SLOTS, int(WAIT / self.seconds) if self.seconds else SLOTS)
         for ahead in range(max(1, limit)):
             if any(rule.searches(state.k + ahead, last) for rule, last in measuring):
                 return ahead
+            if settling and settles(state.k + ahead):
+                return ahead + 1
         return max(1, limit)
 
-    def _prepare(self, state: State, batches: Batches, form: Any, tensors: Any) -> None:
+    def _prepare(self, state: State, batches: Batches, form: Any, tensors: Any) -> _Prepared | None:
         """The function and the room for the batches; or a refusal."""
         if form is None:
-            return self._refuse("its batches are not (nests of) tensors of the same shapes")
+            self._refuse("its batches are not (nests of) tensors of the same shapes")
+            return None
         randomness = Randomness(self.start.device)
         before = randomness.state()
         self.method.step(self.problem, state, *batches)  # to see, and for nothing else
         if any(not torch.equal(*pair) for pair in zip(before, randomness.state(), strict=True)):
             randomness.restore(before)
-            return self._refuse("a loss draws random numbers, which a graph would draw otherwise")
+            self._refuse("a loss draws random numbers, which a graph would draw otherwise")
+            return None
         from bilevel.compiled import compiled  # torch.compile is slow to import
         from bilevel.graph import Iterations
 
         room = sum(t.nbytes for level in tensors for batch in level for t in batch)
-        self.slots = max(1, min(self.slots, ROOM // max(1, room)))
-        self._form = form
-        self._stacks = [
-            [t.new_empty(self.slots * len(level), *t.shape) for t in (level[0] if level else ())]
+        slots = max(1, min(self.most, ROOM // max(1, room)))
+        stacks = [
+            [t.new_empty(slots * len(level), *t.shape) for t in (level[0] if level else ())]
             for level in tensors
         ]
         firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
+        count, more = self.method.wanted(state)
+        given = len(tensors[2])
         iterations = Iterations(
             self.method,
             Oracle(self.problem, *state.layouts),
             tuple(_skeleton(batch) for batch in firsts),
             (len(tensors[1]), len(tensors[2])),
-            self.slots,
+            slots,
             len(batches[1]),
             state.moments.m is not None,
             state.average is not None,
             self.fresh,
+            min(count, given),
+            more > 0 and given > count,
         )
-        self._graph = compiled(iterations.__call__, dynamic=False, options=OPTIONS)
+        graph = compiled(iterations.__call__, dynamic=False, options=OPTIONS)
+        ready = _Prepared(graph, form, stacks, slots, min(count, given))
+        self._prepared[state.noise.batches] = ready
+        return ready
 
-    def _several(self, state: State, first: Any, count: int) -> tuple[State, list[Record]] | None:
+    def _several(
+        self, ready: _Prepared, state: State, first: Any, count: int
+    ) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
         position = self.source.state_dict(), all_generators(self.start.device)
-        drawn, asked = [first], 1
+        drawn, asked, wanted = [first], 1, sum(self.method.wanted(state))
         while len(drawn) < count:
             asked += 1
             try:
-                form, tensors = _parts(self.source.next())
+                form, tensors = _parts(self.source.next(wanted))
             except Exception:  # to come again after those that have their batches
                 break
-            if form != self._form:
+            if form != ready.form:
                 break
             drawn.append(tensors)
-        outcome = self._run(state, drawn)
+        outcome = self._run(ready, state, drawn)
         taken = int(outcome[0]) if outcome else 1
         if taken < asked:  # the source must not be ahead of the state
             self.source.load_state_dict(position[0])
             restore_generators(position[1], self.start.device)
             for _ in range(taken - 1):
-                self.source.next()
+                self.source.next(wanted)
         if outcome is None:
             return None
         self.seconds = (time.perf_counter() - began) / taken
-        return self._unpack(state, outcome, taken, began)
+        return self._unpack(state, outcome, taken, began, ready.averaged)
 
-    def _run(self, state: State, drawn: Sequence[Any]) -> tuple[Tensor, ...] | None:
-        assert self._graph is not None
-        for level, stacks in enumerate(self._stacks):
+    def _run(
+        self, ready: _Prepared, state: State, drawn: Sequence[Any]
+    ) -> tuple[Tensor, ...] | None:
+        for level, stacks in enumerate(ready.stacks):
             for j, stack in enumerate(stacks):
                 rows = [batch[j] for iteration in drawn for batch in iteration[level]]
                 torch.stack(rows, out=stack[: len(rows)])
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
+        noise = state.noise.level, state.noise.terms
         scalars = torch.tensor(
-            [state.k, *lasts, moments.n, terms, gain, state.failures], dtype=torch.float64
+            [state.k, *lasts, moments.n, terms, gain, state.failures, *noise], dtype=torch.float64
         )
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
@@ -185,20 +203,20 @@ class Chunks:
         try:
             with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
-                return self._graph(count, *self.ends, self.start, self._stacks, scalars, given)
+                return ready.graph(count, *self.ends, self.start, ready.stacks, scalars, given)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             self._refuse(f"they cannot be compiled ({type(error).__name__}: {first})")
             return None
 
     def _unpack(
-        self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float
+        self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float, hessian: int
     ) -> tuple[State, list[Record]]:
         """The outcome of the graph as a state and records, as the plain path makes them."""
         from bilevel.graph import COLUMNS, SCALARS
 
         _, _, rows, scalars, x, y, q, *rest = outcome
-        k, outer_last, inner_last, n, terms, gain, failures = scalars.tolist()
+        k, outer_last, inner_last, n, terms, gain, failures, *noise = scalars.tolist()
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
@@ -228,6 +246,7 @@ class Chunks:
                     inner_trials=int(row["inner_trials"]),
                     inner_failures=int(row["inner_failures"]),
                     residual=row["residual"],
+                    hessian_batches=hessian,
                     gradients=cost.gradients,
                     hessian_products=cost.hessian_products,
                     loss_evaluations=cost.loss_evaluations,
@@ -248,8 +267,19 @@ class Chunks:
             cost,
             state.seconds + spent,
             int(failures),
+            Noise(state.noise.batches, noise[0], int(noise[1])).settle(int(k) - 1),
         )
         return new, records
+
+
+class _Prepared(NamedTuple):
+    """A graph, the form of the batches of one iteration of it, and the room for several."""
+
+    graph: Callable[..., Any]
+    form: Any
+    stacks: list[list[Tensor]]
+    slots: int
+    averaged: int  # Hessian batches
 
 
 def _unfit(method: Method, problem: Problem, state: State) -> str | None:

@@ -23,13 +23,17 @@ from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import ConjugateGradient, Product, Solver
 from bilevel.method import Method
+from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Joint, Oracle
-from bilevel.rules import Armijo, Fixed, Moments, Polyak, Rule
+from bilevel.rules import NEAR, Armijo, Fixed, Moments, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
 
 # what goes from one iteration to the next beside the vectors, as one vector of float64; a step
 # that there is not yet is NaN
-SCALARS = ("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures")
+SCALARS = (
+    *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
+    *("noise", "noises"),
+)
 # what is reported of each, as one row of float64
 COLUMNS = (
     *("value", "inner_value", "norm", "outer_step", "inner_step", "residual", "finite"),
@@ -50,6 +54,7 @@ class Iterations:
         counts: of inner and Hessian batches in one iteration.
         slots: iterations in one call at most.   steps: inner steps in each.
         moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
+        hessian: batches of the second derivatives.   watches: whether one more judges them.
     """
 
     method: Method
@@ -61,6 +66,8 @@ class Iterations:
     moments: bool
     averaged: bool
     fresh: bool
+    hessian: int
+    watches: bool
 
     def __call__(
         self,
@@ -108,12 +115,12 @@ class Iterations:
         vectors: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, before, q, *rest = vectors
-        k, outer_last, inner_last, n, terms, gain, failures = scalars.unbind()
+        k, outer_last, inner_last, n, terms, gain, failures, noise, noises = scalars.unbind()
         oracle = _Traced(self.oracle)
         outer = self._draw(0, stacks, i)
-        hessian = [
-            self._draw(2, stacks, i * self.counts[1] + j) for j in range(max(1, self.counts[1]))
-        ]
+        drawn = max(1, self.counts[1])
+        hessian = [self._draw(2, stacks, i * drawn + j) for j in range(drawn)]
+        hessian, others = hessian[: self.hessian], hessian[self.hessian :]
 
         # the inner steps
         def inner(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,13 +148,17 @@ class Iterations:
 
         # the hypergradient; chunks lets Implicit alone pass, and _Traced stands in for its oracle
         solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
-        average: int = self.method.hypergradient.average  # type: ignore[attr-defined]
-        if average > 1:  # as one draw: which batches are the same object cannot be asked in a graph
-            hessian = [Joint(hessian[:average])]
+        average = self.method.hypergradient.average  # type: ignore[attr-defined]
+        if average != 1:  # as one draw: what is the same object cannot be asked in a graph
+            hessian = [Joint(hessian)]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         joined = hessian[0].count  # what each derivative of g costs
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
+        noise_new, noises_new = noise, noises
+        if self.watches:
+            assert h.excess is not None
+            noise_new, noises_new = _noise(noise, noises, h.excess(others[0]).double(), joined)
         m, v = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         d, moved = self.method.direction(h.grad, Moments(m, v, n))  # type: ignore[arg-type]
@@ -221,6 +232,8 @@ class Iterations:
                 terms,
                 gain,
                 torch.where(finite & failed, failures + 1, 0.0),
+                torch.where(finite, noise_new, noise),
+                torch.where(finite, noises_new, noises),
             ]
         )
         row = {
@@ -235,11 +248,19 @@ class Iterations:
             "inner_trials": inner_trials,
             "inner_failures": inner_failures,
             "failed": failed,
-            "gradients": torch.full((), self.steps + 1 + joined),
-            "hessian_products": joined * sum(solver.counts, nothing),
+            "gradients": torch.full((), self.steps + 1 + joined + int(self.watches)),
+            "hessian_products": joined * sum(solver.counts, nothing) + int(self.watches),
             "loss_evaluations": inner_trials + evaluations + int(self.averaged),
         }
         return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
+
+
+def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+    """:meth:`bilevel.noise.Noise.add`: level and terms."""
+    s = (batches * excess).clamp(-BOUND, BOUND)
+    known = ~excess.isnan()
+    weight = 1 / (terms + 1).clamp(max=MEMORY)
+    return torch.where(known, level + weight * (s - level), level), terms + known
 
 
 def _corrected(
@@ -294,12 +315,17 @@ def _search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) 
     descends = sound & (slope < 0)
     allowed = rounding + rule.slack * value.abs()
     first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
-    start = torch.where(first, rule.initial, last * (rule.growth if rule.reset == "grow" else 1))
+    start = last * (rule.growth if rule.reset == "grow" else 1)
+    if rule.reset == "fixed":
+        start = torch.full_like(last, rule.initial)
+    else:
+        initial = (8 * rounding / -slope).clamp(rule.initial, rule.initial * NEAR)
+        start = torch.where(first, initial.log2().round().exp2(), start)
     decrease = -slope * start
     lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
     far = lost & (decrease > 0)
     start = torch.where(far, start * 8 * rounding / decrease, torch.where(lost, last, start))
-    growing = first & (rule.reset != "fixed")
+    brackets = growing = first & (rule.reset != "fixed")
     nothing = torch.zeros_like(value)
 
     def going(tally: Tensor) -> Tensor:
@@ -311,16 +337,16 @@ def _search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) 
         seen, cost = phi(t)
         seen = seen.double()
         ok = seen.isfinite() & (seen <= value + rule.c * t * slope + allowed)
-        better = ok & growing & (~accepted | (seen < lowest))
-        taken = ok & ~accepted & ~better
+        better = ok & (~accepted | (seen < lowest))
         refused = ~ok & ~accepted
-        best = torch.where(better | taken, t, best)
-        lowest = torch.where(better | taken, seen, lowest)
+        best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)
         left = left - torch.where(far, 0.0, 1.0)
-        done = taken | (accepted & ~better) | (left <= 0)
-        smaller = torch.where(far, last, 0.5 * t)
-        t = torch.where(better, 2.0 * t, torch.where(refused, smaller, t))
-        accepted, growing, far = accepted | better | taken, growing & ~refused, far & ~refused
+        turns = accepted & ~better & growing & (best == start)  # up is worse: down from the start
+        done = (better & ~brackets) | (accepted & ~better & ~turns) | (left <= 0)
+        growing = growing & ~refused & ~turns
+        t = torch.where(turns, start, t)
+        t = torch.where(far & refused, last, torch.where(growing, 2.0 * t, 0.5 * t))
+        accepted, far = accepted | better, far & ~refused
         new = [t, best, lowest, accepted, growing, far, left, trials + 1, evaluations + cost, done]
         return (torch.stack([n.double() for n in new]),)
 

@@ -52,6 +52,7 @@ class Estimate:
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
             has no solution to be behind of.
         newton: () -> s with g_yy s = -g_y, on the way to y*(x); takes another solver, too.
+        excess: a draw -> <q, g_yy q> with the Hessian of that draw over <q, g_yy q>, less one.
     """
 
     grad: Tensor
@@ -63,13 +64,15 @@ class Estimate:
     respond: Respond
     lag: Tensor | None = None
     newton: Callable[..., Tensor] | None = None
+    excess: Callable[[Draw], Tensor] | None = None
 
 
 class Hypergradient(Protocol):
     """What a method needs of a hypergradient: its needs, and the estimate.
 
     ``keep`` says what is to be kept of each inner step of the window: nothing, its start point,
-    or also its graph. ``batches``: independent inner batches wanted beside those of the steps.
+    or also its graph. ``batches``: independent inner batches wanted beside those of the steps;
+    'auto': as many as :class:`bilevel.noise.Noise` says.
     """
 
     @property
@@ -77,7 +80,7 @@ class Hypergradient(Protocol):
     @property
     def window(self) -> int | None: ...
     @property
-    def batches(self) -> int: ...
+    def batches(self) -> int | Literal["auto"]: ...
 
     def estimate(
         self,
@@ -104,11 +107,12 @@ class Implicit:
         average: number of independent inner batches over which g is averaged before it is
             differentiated, >= 1. Products cost that many, and as many graphs are held; on small
             batches, whose Hessians are far from that of all data, they are worth it. Where there
-            are fewer, those.
+            are fewer, those. 'auto': all that are given; a method gives 1, 2, 4 or 8 then, see
+            :class:`bilevel.noise.Noise`.
     """
 
     solver: Solver = field(default_factory=Neumann)
-    average: int = field(default=1, kw_only=True)
+    average: int | Literal["auto"] = field(default=1, kw_only=True)
 
     keep: Literal["nothing"] = field(default="nothing", init=False, repr=False)
     window: None = field(default=None, init=False, repr=False)
@@ -118,15 +122,19 @@ class Implicit:
         what = "a solver(product, b, q0)"
         name = type(self).__name__
         require.made_by(name, "solver", self.solver, "__call__", what, examples)
-        require.whole(name, "average", self.average, hint=", which counts inner batches, such as 2")
-        if self.average > 1 and getattr(self.solver, "batches", 1) > 1:
+        if self.average != "auto":
+            hint = ", which counts inner batches, such as 2, or 'auto'"
+            require.whole(name, "average", self.average, hint=hint)
+        if self.average != 1 and getattr(self.solver, "batches", 1) > 1:
             raise ValueError(
-                f"{name}(average={self.average}) with {self.solver!r}, which asks for a batch of "
+                f"{name}(average={self.average!r}) with {self.solver!r}, which asks for a batch of "
                 f"its own for each factor: there is nothing to average; leave average out."
             )
 
     @property
-    def batches(self) -> int:
+    def batches(self) -> int | Literal["auto"]:
+        if self.average == "auto":
+            return "auto"
         return max(self.average, getattr(self.solver, "batches", 1))
 
     def _pullback(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Products:
@@ -144,7 +152,7 @@ class Implicit:
     ) -> Estimate:
         del path
         value, fx, fy = oracle.outer_gradients(x, y, outer)
-        draw = joint(inner[: self.average])
+        draw = joint(inner if self.average == "auto" else inner[: self.average])
         pull = self._pullback(oracle, x, y, draw)
         others: dict[int, Products] = {}
 
@@ -186,8 +194,15 @@ class Implicit:
         def newton(solver: Solver = self.solver) -> Tensor:
             return solved(solver, product, -pull.gradient)
 
+        def excess(other: Draw) -> Tensor:
+            there = torch.dot(q, self._pullback(oracle, x, y, other).product(q))
+            here = torch.dot(q, gyy_q)
+            return torch.where(here > 0, there / here - 1, torch.nan)
+
         lag = torch.dot(q, pull.gradient)
-        return Estimate(fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton)
+        return Estimate(
+            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, excess
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def solve(
     oracle = make_oracle(problem, *state.layouts)
     if data is None:
         oracle.require_data(outer_data, inner_data)
-    source = _Source(outer_data, inner_data, data, inner_steps, method.hypergradient.batches)
+    source = _Source(outer_data, inner_data, data, inner_steps)
     state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
 
@@ -166,14 +167,15 @@ def solve(
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
         if state.k == 0 and steps > 0:
-            batches = ranks.read(source.next)
+            batches = ranks.read(partial(source.next, sum(method.wanted(state))))
             feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
             state = replace(state, vectors=(feasible, start), cost=oracle.cost)
         while state.k < steps:
             if not warm_start:
                 state = replace(state, vectors=(state.vectors[0], start))
             try:
-                batches = batches or ranks.read(source.next)
+                if batches is None:
+                    batches = ranks.read(partial(source.next, sum(method.wanted(state))))
                 if chunks is None:
                     state, record = method.step(problem, state, *batches)
                     records = [record]
@@ -242,15 +244,16 @@ def _stops(
 class _Source:
     """The batches of one outer iteration: (outer batch, inner batches, Hessian batches)."""
 
-    def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int, hessian: int) -> None:
+    def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int) -> None:
         self._cycles = {
             name: Cycle(data, name)
             for name, data in (("outer_data", outer), ("inner_data", inner), ("data", pairs))
             if data is not None
         }
-        self._steps, self._hessian = steps, hessian
+        self._steps = steps
 
-    def next(self) -> tuple[Any, list[Any], list[Any] | None]:
+    def next(self, hessian: int) -> tuple[Any, list[Any], list[Any] | None]:
+        """``hessian``: how many batches for the second derivatives."""
         if "data" in self._cycles:
             outer, inner = _pair(self._cycles["data"].next())
             return outer, [inner] * self._steps, [inner]
@@ -259,8 +262,8 @@ class _Source:
             return outer, [None] * self._steps, None
         cycle = self._cycles["inner_data"]
         inner = cycle.take(self._steps)
-        hessian = cycle.take(1 if cycle.single else self._hessian)
-        return outer, inner, list({id(batch): batch for batch in hessian}.values())
+        drawn = cycle.take(1 if cycle.single else hessian)
+        return outer, inner, list({id(batch): batch for batch in drawn}.values())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: cycle.state_dict() for name, cycle in self._cycles.items()}

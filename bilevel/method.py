@@ -18,6 +18,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
+from bilevel.noise import Noise
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes
@@ -59,6 +60,7 @@ class State:
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
     failures: int = 0  # outer searches that failed, one after the other
+    noise: Noise = Noise()  # of the Hessian, where the batches that it averages are 'auto'
 
     @property
     def x(self) -> Variable:
@@ -121,6 +123,12 @@ class Method:
         layouts = Layout(x, "x"), Layout(y, "y")
         return State(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
 
+    def wanted(self, state: State) -> tuple[int, int]:
+        """How many inner batches the next hypergradient is of, and how many more are to tell
+        whether these are enough."""
+        batches = self.hypergradient.batches
+        return (state.noise.batches, 1) if batches == "auto" else (batches, 0)
+
     def step(
         self,
         problem: Problem,
@@ -173,6 +181,8 @@ class Method:
         draws, outer = [Draw(batch) for batch in inner_batches], Draw(outer_batch)
         y, path, inner = self._inner(oracle, state, draws)
         hessian = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
+        count, more = self.wanted(state)
+        hessian, others = hessian[:count], hessian[count : count + more]
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q)
         d, moments = self.direction(h.grad, state.moments)
         searches = self.outer_rule.searches(state.k, state.outer_last)
@@ -198,15 +208,17 @@ class Method:
                     torch.linalg.vector_norm(h.grad),
                     move.size,
                     inner.size,
-                    float("nan") if h.residual is None else h.residual,
+                    math.nan if h.residual is None else h.residual,
                     new_x.isfinite().all() & new_y.isfinite().all(),
                     h.value - average_value,
                     trials.line.slope,
                     0.0 if h.lag is None else h.lag,
+                    h.excess(others[0]) if others and h.excess else math.nan,
                 )
             ]
         ).tolist()
-        value, inner_value, norm, alpha, beta, residual, finite, difference, slope, lag = numbers
+        value, inner_value, norm, alpha, beta, residual, finite, *numbers = numbers
+        difference, slope, lag, excess = numbers
         failure = _failure(value, inner_value, norm, finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
@@ -225,6 +237,7 @@ class Method:
             inner_trials=inner.trials,
             inner_failures=inner.failures,
             residual=None if h.residual is None else residual,
+            hessian_batches=len(hessian),
             gradients=cost.gradients,
             hessian_products=cost.hessian_products,
             loss_evaluations=cost.loss_evaluations,
@@ -251,6 +264,7 @@ class Method:
                 cost,
                 state.seconds,
                 state.failures + 1 if move.failed else 0,
+                state.noise.add(excess, len(hessian)).settle(state.k),
             ),
             record,
         )

@@ -23,6 +23,8 @@ class Record:
             ones are summed over the inner steps.
         inner_failures: inner searches without an acceptable step.
         residual: relative residual of the linear system; None where there is none.
+        hessian_batches: how many inner batches the second derivatives are of; 1 where there are
+            no batches, or steps are unrolled.
         gradients, hessian_products, loss_evaluations, seconds: cost of the whole run so far.
             Gradients and loss evaluations together count the calls of the two losses.
         failure: None, or what went wrong in words.
@@ -38,6 +40,7 @@ class Record:
     inner_trials: int
     inner_failures: int
     residual: float | None
+    hessian_batches: int
     gradients: int
     hessian_products: int
     loss_evaluations: int

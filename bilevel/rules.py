@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel.steps import armijo, envelope, polyak, schedule
 
 Reset = Literal["grow", "last", "fixed"]
+NEAR = 2.0**20  # half of the halvings that a search has
 
 
 @dataclass
@@ -69,8 +70,9 @@ class Armijo:
     """Backtracking line search with slack, and the reset of its starting point.
 
     Args:
-        initial: first step tried, > 0. The first search of a run brackets: it also grows, so
-            that the value hardly matters.
+        initial: first step tried, > 0. The first search of a run brackets: from the power of two
+            nearest to it, to the best one that can be reached while the loss falls, so that
+            the value does not matter but for its trials.
         c: share of the predicted decrease asked for, in (0, 1).
         slack: allowed increase relative to |phi(0)|, >= 0.
         reset: where a search starts: 'grow': ``growth`` times the last accepted step; 'last':
@@ -110,8 +112,11 @@ class Armijo:
             slack=rounding + self.slack * abs(value),
         )
         start, grow, wasted = last or 0.0, None, 0
-        if last is None or self.reset == "fixed":
-            start, grow = self.initial, 2.0 if self.reset != "fixed" else None
+        if self.reset == "fixed":
+            start = self.initial
+        elif last is None:  # from where the decrease can be seen, if that is near
+            start = min(max(self.initial, 8 * rounding / -slope), self.initial * NEAR)
+            start, grow = 2.0 ** round(math.log2(start)), 2.0
         elif self.reset == "grow":
             start = self.growth * last
             decrease = -predicted(start)

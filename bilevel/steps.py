@@ -69,7 +69,7 @@ def armijo(
     slack: float = 0.0,
     max_trials: int = 40,
 ) -> Search:
-    """Largest tried t with  phi(t) <= phi(0) + c t phi'(0) + slack.
+    """A t with  phi(t) <= phi(0) + c t phi'(0) + slack.
 
     Args:
         phi: the line; called with t > 0, may return NaN or inf (such a trial is refused).
@@ -80,8 +80,9 @@ def armijo(
             projection bends; a trial where it is positive is refused.
         c: share of the predicted decrease that is asked for, in (0, 1).
         shrink: factor after a refusal, in (0, 1).
-        grow: factor > 1 by which t is enlarged while trials are accepted and phi falls;
-            None: the first accepted trial is taken.
+        grow: None: the first accepted trial is taken. A factor > 1: the best of the grid
+            start * grow^j, as far as phi falls from trial to trial: upwards, or downwards where
+            that does not. Where phi has one valley, any start on the grid leads to the same step.
         slack: allowed excess; at least the rounding error of phi.
         max_trials: evaluations of phi at most.
 
@@ -90,16 +91,18 @@ def armijo(
     Reference: Armijo 1966; Vaswani et al. 2019 (SLS); BiSLS (arXiv 2305.18666) for the slack.
     """
     t, best = start, Search(0.0, value, 0, False)
+    factor = shrink if grow is None else grow
     for trials in range(1, max_trials + 1):
         v = phi(t)
         change = t * slope if predicted is None else predicted(t)
         ok = math.isfinite(v) and change <= 0 and v <= value + c * change + slack
-        if ok and grow is not None and (not best.accepted or v < best.value):
-            best, t = Search(t, v, trials, True), t * grow
-        elif ok and not best.accepted:
-            return Search(t, v, trials, True)
-        elif best.accepted:  # growing has gone one trial too far
+        if ok and not (best.accepted and v >= best.value):
+            best = Search(t, v, trials, True)
+            if grow is None:
+                return best
+        elif best.accepted and (factor < 1 or best.step != start):  # one trial too far
             return best._replace(trials=trials)
-        else:
-            t, grow = t * shrink, None
+        elif grow is not None:
+            factor, t = 1 / grow, best.step if best.accepted else t
+        t *= factor
     return best._replace(trials=max_trials)

@@ -58,7 +58,7 @@ class Trials:
         if isinstance(t, Tensor):
             return self._oracle.project(self._x + t * self._d), self._y
         if t not in self._seen:
-            if len(self._seen) > 1:  # an accepted trial is the last or the one before
+            if len(self._seen) > 2:  # an accepted trial is one of the last three
                 del self._seen[next(iter(self._seen))]
             free = self._x + t * self._d
             xt = self._oracle.project(free)

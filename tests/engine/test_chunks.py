@@ -78,6 +78,7 @@ def taken(monkeypatch):
     monkeypatch.setattr(Chunks, "_several", spy)
     monkeypatch.setattr(chunks, "SLOTS", 4)
     monkeypatch.setattr(chunks, "WAIT", 1e9)
+    monkeypatch.setattr(chunks, "SETTLED", 1)
     return found
 
 
@@ -102,6 +103,7 @@ def assert_alike(fast, plain, rtol=1e-8, atol=1e-12):
     torch.testing.assert_close(fast.x, plain.x, rtol=rtol, atol=atol)
     torch.testing.assert_close(fast.y, plain.y, rtol=rtol, atol=atol)
     assert fast.state.k == plain.state.k and fast.state.failures == plain.state.failures
+    assert fast.state.noise == pytest.approx(plain.state.noise, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,179 @@
+"""How many inner batches the second derivatives are of, where the method chooses."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+import bilevel
+from bilevel import ConjugateGradient, FiniteDifference, Implicit, StochasticNeumann
+from bilevel.graph import _noise
+from bilevel.layout import Layout
+from bilevel.noise import ALLOWED, BOUND, MEMORY, MOST, Noise, settles
+from bilevel.problem import Draw, Problem, joint, make_oracle
+
+N = 6
+TARGET = torch.arange(1.0, N + 1, dtype=torch.float64) / N
+
+
+def spd(noise, generator):
+    """A Hessian whose mean over batches is diagonal; the batch's own is positive definite."""
+    rows = torch.randn(noise, N, generator=generator, dtype=torch.float64)
+    return rows.T @ rows / noise + 0.05 * torch.eye(N, dtype=torch.float64)
+
+
+def batches(rows, count=64, seed=0):
+    """Hessians of the mean squares of so many rows: the fewer, the noisier."""
+    generator = torch.Generator().manual_seed(seed)
+    return [spd(rows, generator) for _ in range(count)]
+
+
+def inner(x, y, H):
+    return y @ H @ y / 2 - y.sum() + (1 + x.tanh() / 2) @ (y * y) / 20
+
+
+def outer(x, y):
+    return TARGET @ y + x.square().sum() / 10  # one right side for all iterations
+
+
+def solve(rows, **options):
+    start = torch.zeros(N, dtype=torch.float64)
+    options = {"steps": 33, "inner_steps": 4, "inner_data": batches(rows)} | options
+    return bilevel.solve(outer, inner, start, start, **options)
+
+
+def test_the_excess_is_that_of_the_hessians():
+    x, y = torch.full((N,), 0.3, dtype=torch.float64), TARGET.flip(0).clone()
+    oracle = make_oracle(Problem(outer, inner), Layout(x, "x"), Layout(y, "y"))
+    H = batches(7, 3)
+    for make, error in ((Implicit, 1e-10), (FiniteDifference, 1e-6)):
+        h = make(ConjugateGradient(50, 0.0), average="auto").estimate(
+            oracle, x, y, Draw(), [Draw(H[0]), Draw(H[1])], [], None
+        )
+        penalty = torch.diag(1 + x.tanh() / 2) / 10
+        here, there = (H[0] + H[1]) / 2 + penalty, H[2] + penalty
+        q = torch.linalg.solve(here, TARGET)
+        expected = (q @ there @ q) / (q @ here @ q) - 1
+        assert float(h.excess(Draw(H[2]))) == pytest.approx(float(expected), rel=error)
+        assert abs(float(h.excess(joint([Draw(H[0]), Draw(H[1])])))) < 10 * error
+
+
+def test_the_excess_falls_like_one_over_the_number_of_batches():
+    """What the rule is built on, where all is known: q = (mean of m H)^-1 b."""
+    generator = torch.Generator().manual_seed(1)
+
+    def excess(m):
+        found = []
+        for _ in range(4000):
+            here = sum(spd(60, generator) for _ in range(m)) / m
+            q = torch.linalg.solve(here, TARGET)
+            found.append(float(q @ spd(60, generator) @ q / (q @ here @ q)) - 1)
+        return statistics.mean(found)
+
+    one = excess(1)
+    assert one > 0.05
+    assert excess(4) == pytest.approx(one / 4, rel=0.35)
+
+
+@pytest.mark.parametrize("rows, least, most", [(4000, 1, 1), (60, 2, 4), (8, 8, 8)])
+def test_batches_follow_their_noise(rows, least, most):
+    result = solve(rows)
+    counts = [record.hessian_batches for record in result.history]
+    assert least <= counts[-1] <= most and counts[0] == 1
+    changes = [k for k in range(1, len(counts)) if counts[k] != counts[k - 1]]
+    assert all(settles(k - 1) for k in changes)
+    # each iteration with m batches draws m, differentiates m and one more, and its products are m
+    spent = [
+        b.gradients - a.gradients for a, b in zip(result.history, result.history[1:], strict=False)
+    ]
+    assert all(s == 4 + 1 + m + 1 for s, m in zip(spent, counts[1:], strict=True))
+
+
+@pytest.mark.parametrize("method", ["bisls-sgd", "bisps", "adam"])
+def test_every_method_chooses(method):
+    assert solve(8, method=method).history[-1].hessian_batches == 8
+
+
+def test_where_there_is_nothing_to_choose():
+    noise = Noise()
+    for options in (
+        {"inner_data": batches(8, 1)},
+        {"inner_data": None, "data": [(None, H) for H in batches(8)]},
+        {"method": bilevel.bisls(hypergradient=Implicit(average=1))},
+    ):
+        loss = (lambda x, y, batch: outer(x, y)) if "data" in options else outer
+        if "data" in options:
+            options = options | {"data": [(0, H) for H in batches(8)]}
+        start = torch.zeros(N, dtype=torch.float64)
+        result = bilevel.solve(
+            loss, inner, start, start, **({"inner_data": batches(8), "steps": 9} | options)
+        )
+        assert all(record.hessian_batches == 1 for record in result.history)
+        assert result.state.noise == noise
+    two = solve(8, method=bilevel.bisls(hypergradient=Implicit(average=2)))
+    assert all(record.hessian_batches == 2 for record in two.history)
+    assert two.state.noise == noise
+
+
+def test_at_most_the_batches_that_there_are():
+    for count in (2, 5, 7):
+        result = solve(8, inner_data=batches(8, count))
+        assert result.state.noise.batches >= count
+        assert result.history[-1].hessian_batches == count
+
+
+def test_the_mean_of_what_was_seen():
+    noise = Noise()
+    for k, excess in enumerate((0.02, 0.05, -0.01)):
+        noise = noise.add(excess, 2)
+        assert noise.settle(k).batches == 1 and noise.terms == k + 1
+    assert noise.level == pytest.approx(0.04)
+    assert noise.add(math.nan, 2) == noise
+    assert noise.add(math.inf, 2).level == pytest.approx((3 * 0.04 + BOUND) / 4)
+    assert noise.add(-math.inf, 2).level == pytest.approx((3 * 0.04 - BOUND) / 4)
+    for _ in range(8 * MEMORY):
+        noise = noise.add(ALLOWED, 4)
+    assert noise.level == pytest.approx(4 * ALLOWED, rel=1e-3)
+    assert [noise.settle(k).batches for k in (14, 15, 16)] == [1, 4, 1]
+    assert noise._replace(level=50.0).settle(0).batches == MOST
+    assert Noise(4, 0.0, 0).settle(0).batches == 4  # nothing is known
+
+
+def test_the_same_in_a_graph():
+    noise, level, terms = Noise(), *torch.zeros(2, dtype=torch.float64)
+    for excess in [0.02, math.nan, 3.0, -math.inf, *[0.1] * 20]:
+        noise = noise.add(excess, 2)
+        level, terms = _noise(level, terms, torch.tensor(excess, dtype=torch.float64), 2)
+        assert (float(level), int(terms)) == (pytest.approx(noise.level, rel=1e-12), noise.terms)
+
+
+def test_a_run_that_goes_on(tmp_path):
+    """The number of batches, and what it is judged by, survive."""
+    whole = solve(8, checkpoint=tmp_path / "whole", checkpoint_every=5)
+    for steps in (2, 13, 33):
+        result = solve(8, steps=steps, checkpoint=tmp_path / "c", resume=steps > 2)
+    assert result.state.noise == whole.state.noise and result.state.noise.batches == 8
+    assert torch.equal(result.x, whole.x) and torch.equal(result.y, whole.y)
+
+
+def test_one_step_at_a_time():
+    """A loop of one's own: the last inner batches again."""
+    problem, method = Problem(outer, inner), bilevel.bisls()
+    state = method.init(*(torch.zeros(N, dtype=torch.float64),) * 2)
+    H = batches(8, 40)
+    counts = []
+    for k in range(20):
+        state, record = method.step(problem, state, None, H[k : k + 12])
+        counts.append(record.hessian_batches)
+    assert counts[-1] == 8
+    state, record = method.step(problem, state, None, H[:3])
+    assert record.hessian_batches == 3
+    before = state.noise
+    state, record = method.step(problem, state, None, H[:1])
+    assert record.hessian_batches == 1 and state.noise == before  # none is left to judge
+
+
+def test_a_series_with_batches_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="batch of its own"):
+        Implicit(StochasticNeumann(5), average="auto")

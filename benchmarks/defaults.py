@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ SHOWN = ["ridge, condition 1e4", "distillation, batch 64", "distillation, batch 
 SHOWN += ["hyper-representation"]
 
 
-def cg(steps: int, rtol: float, average: int = 2) -> bilevel.Implicit:
+def cg(steps: int, rtol: float, average: int | Literal["auto"] = "auto") -> bilevel.Implicit:
     return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol), average=average)
 
 
@@ -63,9 +63,10 @@ def variants() -> dict[str, Method]:
         "CG rtol 0.3": bilevel.bisls("adam", hypergradient=cg(20, 0.3)),
         "CG 3 steps": bilevel.bisls("adam", hypergradient=cg(3, 0.1)),
         "Neumann 10 terms": bilevel.bisls(
-            "adam", hypergradient=bilevel.Implicit(bilevel.Neumann(10), average=2)
+            "adam", hypergradient=bilevel.Implicit(bilevel.Neumann(10), average="auto")
         ),
         "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 1)),
+        "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 2)),
         "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 4)),
         "beta1 = 0": adam(beta1=0.0),
         "beta1 = 0.9": adam(beta1=0.9),

@@ -1,6 +1,7 @@
 """BiSPS, BiSLS and fixed steps: against NumPy, hand-written loops, and known failures."""
 
 import copy
+import itertools
 import math
 from functools import partial
 
@@ -733,3 +734,29 @@ def test_methods_are_values():
     assert pickle.loads(pickle.dumps(method)) == method
     with pytest.raises(AttributeError):
         method.name = "other"
+
+
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+def test_first_steps_leave_no_trace(direction):
+    """Runs from steps over eight decades agree in every bit, on batches as well."""
+    generator = torch.Generator().manual_seed(5)
+    A = torch.randn(48, 4, generator=generator) * torch.tensor([1.0, 3.0, 0.1, 30.0])
+    b = A @ torch.tensor([1.0, -1.0, 2.0, 0.1]) + torch.randn(48, generator=generator)
+    rows = [(A[i : i + 8], b[i : i + 8]) for i in range(0, 48, 8)]
+
+    def error(x, y, batch):
+        return (batch[0] @ y - batch[1]).square().mean() / 2
+
+    def penalised(x, y, batch):
+        return error(x, y, batch) + (x.exp() * y * y).sum() / 2
+
+    ends = []
+    for first in itertools.product((1e-4, 0.3, 1.0, 1e4), repeat=2):
+        result = bilevel.solve(
+            *(error, penalised, torch.zeros(4), torch.zeros(4)),
+            **{"outer_data": rows[:3], "inner_data": rows[3:], "steps": 12, "inner_steps": 2},
+            method=bilevel.bisls(direction, *first),
+        )
+        ends.append(torch.cat([*result.state.vectors, result.x, result.y]))
+    assert all(torch.equal(end, ends[0]) for end in ends)
+    assert (ends[0][:4] != 0).all()

@@ -136,7 +136,7 @@ class Chunks:
         ]
         firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
         count, more = self.method.wanted(state)
-        given = len(tensors[2])
+        given = max(1, len(tensors[2]))
         iterations = Iterations(
             self.method,
             Oracle(self.problem, *state.layouts),

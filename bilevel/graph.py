@@ -22,7 +22,7 @@ from bilevel.compiled import second_derivatives
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import ConjugateGradient, Product, Solver
-from bilevel.method import Method
+from bilevel.method import Method, is_behind
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Joint, Oracle
 from bilevel.rules import NEAR, Armijo, Fixed, Moments, Polyak, Rule
@@ -156,9 +156,11 @@ class Iterations:
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
         noise_new, noises_new = noise, noises
+        here = there = h.lag
         if self.watches:
-            assert h.excess is not None
-            noise_new, noises_new = _noise(noise, noises, h.excess(others[0]).double(), joined)
+            assert h.elsewhere is not None
+            excess, there = h.elsewhere(others[0])
+            noise_new, noises_new = _noise(noise, noises, excess.double(), joined)
         m, v = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         d, moved = self.method.direction(h.grad, Moments(m, v, n))  # type: ignore[arg-type]
@@ -198,8 +200,8 @@ class Iterations:
         finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
         finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
         if self.method.corrects:
-            assert h.lag is not None
-            behind = h.lag.double().abs() > alpha * slope.double().abs()
+            assert here is not None and there is not None
+            behind = is_behind(here.double(), there.double(), alpha * slope.double().abs())
             judge = self._draw(1, stacks, i * self.counts[0])
             new_y, products, looks = _corrected(
                 oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver.solver

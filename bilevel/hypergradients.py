@@ -52,7 +52,7 @@ class Estimate:
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
             has no solution to be behind of.
         newton: () -> s with g_yy s = -g_y, on the way to y*(x); takes another solver, too.
-        excess: a draw -> <q, g_yy q> with the Hessian of that draw over <q, g_yy q>, less one.
+        elsewhere: another draw -> <q, g_yy q> there over <q, g_yy q> here, less one; lag there.
     """
 
     grad: Tensor
@@ -64,7 +64,7 @@ class Estimate:
     respond: Respond
     lag: Tensor | None = None
     newton: Callable[..., Tensor] | None = None
-    excess: Callable[[Draw], Tensor] | None = None
+    elsewhere: Callable[[Draw], tuple[Tensor, Tensor]] | None = None
 
 
 class Hypergradient(Protocol):
@@ -194,14 +194,14 @@ class Implicit:
         def newton(solver: Solver = self.solver) -> Tensor:
             return solved(solver, product, -pull.gradient)
 
-        def excess(other: Draw) -> Tensor:
-            there = torch.dot(q, self._pullback(oracle, x, y, other).product(q))
-            here = torch.dot(q, gyy_q)
-            return torch.where(here > 0, there / here - 1, torch.nan)
+        def elsewhere(other: Draw) -> tuple[Tensor, Tensor]:
+            there, here = self._pullback(oracle, x, y, other), torch.dot(q, gyy_q)
+            excess = torch.dot(q, there.product(q)) / here - 1
+            return torch.where(here > 0, excess, torch.nan), torch.dot(q, there.gradient)
 
         lag = torch.dot(q, pull.gradient)
         return Estimate(
-            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, excess
+            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, elsewhere
         )
 
 

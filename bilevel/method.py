@@ -39,6 +39,9 @@ SOLVERS = (
 )
 
 
+KAPPA = 2.0
+
+
 @dataclass(frozen=True)
 class State:
     """All that changes from one outer iteration to the next; never modified in place.
@@ -192,6 +195,11 @@ class Method:
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
 
+        lag_here = torch.zeros_like(h.value) if h.lag is None else h.lag
+        excess, lag_there = h.value * math.nan, lag_here
+        if others and h.elsewhere:
+            excess, lag_there = h.elsewhere(others[0])
+
         average = state.average
         noisy = any(draw.batch is not None for draw in (outer, *draws))
         average_value = average.value(oracle, outer) if average else h.value
@@ -212,17 +220,18 @@ class Method:
                     new_x.isfinite().all() & new_y.isfinite().all(),
                     h.value - average_value,
                     trials.line.slope,
-                    0.0 if h.lag is None else h.lag,
-                    h.excess(others[0]) if others and h.excess else math.nan,
+                    lag_here,
+                    lag_there,
+                    excess,
                 )
             ]
         ).tolist()
         value, inner_value, norm, alpha, beta, residual, finite, *numbers = numbers
-        difference, slope, lag, excess = numbers
+        difference, slope, here, there, excess = numbers
         failure = _failure(value, inner_value, norm, finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
-        behind = abs(lag) > alpha * abs(slope)  # by more than the outer step is to gain
+        behind = is_behind(here, there, alpha * abs(slope))
         if self.corrects and behind and not (numeric or move.failed):
             new_y = corrected(oracle, new_x, new_y, h, draws[0])
         cost = oracle.cost
@@ -299,6 +308,14 @@ class Method:
             out.trials += move.trials
             out.failures += move.failed
         return y, path, out
+
+
+def is_behind(here: Any, there: Any, gain: Any) -> Any:
+    """Whether y lags by more than the outer step is to gain, and than noise would make it seem:
+    the mean of the lags on two independent batches exceeds both their half difference and that
+    gain, the former twice. Numbers or tensors; the same number twice where there is one batch."""
+    lag, spread = abs(here + there) / 2, abs(here - there) / 2
+    return (lag > gain) & (lag > 2 * spread)
 
 
 def corrected(oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw) -> Tensor:

@@ -7,6 +7,7 @@ y, g, beta the inner (lower) ones. g_yy is a Hessian block, g_xy u its product w
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -335,11 +336,21 @@ class Products(Protocol):
     def forward(self, d: Tensor) -> Tensor: ...  # g_yx d
 
 
+ROWS = 64  # of a Hessian that may be had as a matrix
+ENTRIES = 2**15  # of the largest tensor of a loss that is small
+
+
 class Pullback:
-    """:class:`Products` from one recorded graph of g_y: each costs about one gradient."""
+    """:class:`Products` from one recorded graph of g_y: each costs about one gradient.
+
+    Where y is small and so is all else, that is the time of its dispatch, and the Hessian itself,
+    its rows in one pass, that of a few products. It is had after a quarter as many as it has rows.
+    """
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> None:
         self._cost, self._count = oracle.cost, draw.count
+        self._habit, self._products = oracle.problem.habit, 0
+        self._hessian: Tensor | None = None
         self._cost.gradients += draw.count
         with torch.enable_grad():
             self._x, self._y = x.detach().requires_grad_(), y.detach().requires_grad_()
@@ -350,7 +361,30 @@ class Pullback:
     def product(self, u: Tensor) -> Tensor:
         """g_yy u, shape of y."""
         self._cost.hessian_products += self._count
+        self._products += 1
+        if 4 * self._products > u.numel() and self._hessian is None and self._small():
+            self._hessian = self._rows()
+        if self._hessian is not None:
+            return self._hessian @ u
         return _gradients(self._gy, (self._y,), u, retain_graph=True)[0]
+
+    def _small(self) -> bool:
+        largest = self._habit.largest
+        return self._y.numel() <= ROWS and largest is not None and largest <= ENTRIES
+
+    def _rows(self) -> Tensor | None:
+        """g_yy, or None where its rows cannot be had in one pass."""
+        unit = torch.eye(self._y.numel(), dtype=self._y.dtype, device=self._y.device)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of operations that are done row by row
+                rows = _gradients(
+                    *(self._gy, (self._y,), unit), retain_graph=True, is_grads_batched=True
+                )
+        except RuntimeError:  # as from an autograd.Function without a rule for it
+            self._habit.largest = None
+            return None
+        return rows[0].expand_as(unit)
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """g_xy u, shape of x, and g_yy u, shape of y, in one pass."""

@@ -35,10 +35,12 @@ class Habit:
             small beside watching it, and where every function is evaluated once, as by fixed
             steps. None: not known yet.
         once: pairs of x and batch in a row at which the loss was evaluated once.
+        largest: entries of the largest tensor in the loss. None: not known.
     """
 
     pays: bool | None = None
     once: int = 0
+    largest: int | None = None
 
 
 class Reuse:
@@ -65,6 +67,7 @@ class Reuse:
         if habit.pays is None:
             worth = WORTH.get(y.device.type, WORTH_ELSEWHERE)
             habit.pays = kept.flops > worth * kept.operations
+            habit.largest = kept.largest
         if not habit.pays or habit.once >= PATIENCE:
             habit.pays = False
             self._at = self._kept = None
@@ -80,12 +83,12 @@ class Kept(TorchDispatchMode):
 
     Attributes:
         operations: seen so far.   hits: those of them that were not done.
-        flops: floating-point operations of the kept ones.
+        flops: floating-point operations of the kept ones.   largest: entries of any operand.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.hits = self.flops = 0
+        self.operations = self.hits = self.flops = self.largest = 0
         self._results: dict[Any, _Result] = {}
         self._varying: set[int] = set()  # memory that y has entered
 
@@ -104,6 +107,7 @@ class Kept(TorchDispatchMode):
         kwargs = kwargs or {}
         self.operations += 1
         operands = [*_tensors(args), *_tensors(kwargs.values())]
+        self.largest = max(self.largest, *(t.numel() for t in operands), 0)
         varying = self._varying
         fixed = all(
             _plain(t) and not t.requires_grad and _memory(t) not in varying for t in operands

@@ -462,10 +462,10 @@ def test_batches_are_those_of_solve():
         "inner_data": Shuffled(torch.arange(n) + n, size=size),
     }
     torch.manual_seed(11)
-    source = _Source(data["outer_data"], data["inner_data"], None, T, extra)
+    source = _Source(data["outer_data"], data["inner_data"], None, T)
     expected = []
     for _ in range(6):
-        outer, inner, hessian = source.next()
+        outer, inner, hessian = source.next(extra)
         expected += [outer, *inner, *hessian]
     seen = []
 

@@ -593,7 +593,7 @@ def test_a_rank_that_is_killed_or_hangs_is_an_error(two, three, folder):
     content = checkpoint.load(folder / "killed.pt")  # and what it had written serves one process
     assert content["k"] > 0
     again = go(0, 1, steps=9, checkpoint=folder / "killed.pt", resume=True)
-    close(again, go(0, 1, steps=9), 1e-9)  # nine iterations of the default amplify rounding
+    close(again, go(0, 1, steps=9), 1e-7)  # nine iterations of the default amplify rounding
     for rank in (0, 1):
         found = three[rank]["hanging"]
         assert "lost the others" in found["error"] and found["seconds"] < SHORT + 10

@@ -276,22 +276,21 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_batch_that_is_wrong(wrong, name, level, tmp_path):
     bad, words = WRONG[wrong]
-    at = 2 if level == "outer" else 2 * 4
 
     def solve(at, steps, **options):
         data = {"outer_data": Loader(-1, None), "inner_data": Loader(-1, None)}
-        data[f"{level}_data"] = Loader(at, bad)
+        data[f"{level}_data"] = loaders[at] = Loader(at, bad)
         return bilevel.solve(
             batch_outer, batch_inner, X, Y, **data, method=name, steps=steps, inner_steps=2,
             **options,
         )  # fmt: skip
 
-    path = tmp_path / "c"
+    path, loaders = tmp_path / "c", {}
+    reference = solve(-1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        result = solve(at, 5, checkpoint=path)
+        result = solve(loaders[-1].count, 5, checkpoint=path)
     assert result.reason.startswith("stopped at iteration 2: ") and words in result.reason
-    reference = solve(-1, 2)
     assert torch.equal(result.x, reference.x) and torch.equal(result.y, reference.y)
     assert torch.equal(
         torch.load(path, weights_only=True)["vectors"][0], reference.state.vectors[0]

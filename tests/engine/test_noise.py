@@ -10,6 +10,7 @@ import bilevel
 from bilevel import ConjugateGradient, FiniteDifference, Implicit, StochasticNeumann
 from bilevel.graph import _noise
 from bilevel.layout import Layout
+from bilevel.method import is_behind
 from bilevel.noise import ALLOWED, BOUND, MEMORY, MOST, Noise, settles
 from bilevel.problem import Draw, Problem, joint, make_oracle
 
@@ -55,8 +56,24 @@ def test_the_excess_is_that_of_the_hessians():
         here, there = (H[0] + H[1]) / 2 + penalty, H[2] + penalty
         q = torch.linalg.solve(here, TARGET)
         expected = (q @ there @ q) / (q @ here @ q) - 1
-        assert float(h.excess(Draw(H[2]))) == pytest.approx(float(expected), rel=error)
-        assert abs(float(h.excess(joint([Draw(H[0]), Draw(H[1])])))) < 10 * error
+        excess, lag = h.elsewhere(Draw(H[2]))
+        assert float(excess) == pytest.approx(float(expected), rel=error)
+        gradient = there @ y - 1
+        assert float(lag) == pytest.approx(float(q @ gradient), rel=error)
+        excess, lag = h.elsewhere(joint([Draw(H[0]), Draw(H[1])]))
+        assert abs(float(excess)) < 10 * error
+        assert float(lag) == pytest.approx(float(h.lag), rel=error)
+
+
+def test_a_lag_that_two_batches_do_not_agree_on_is_noise():
+    for scale in (1.0, -1.0, 1e-8):
+        seen = [
+            is_behind(scale * here, scale * 1.0, 0.0) for here in (-1.0, 0.3, 0.4, 1, 2, 2.9, 3.1)
+        ]
+        assert seen == [False, False, True, True, True, True, False]
+    assert is_behind(-2.0, -2.0, 1.9) and not is_behind(-2.0, -2.0, 2.1)
+    here, there = torch.tensor([-1.0, 1.0]), torch.tensor([1.0, 1.5])
+    assert is_behind(here, there, torch.tensor(1.2)).tolist() == [False, True]
 
 
 def test_the_excess_falls_like_one_over_the_number_of_batches():

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bilevel.layout import Layout, leaves
-from bilevel.problem import Cost, Draw, Oracle, Products
+from bilevel.problem import Cost, Draw, Joint, Oracle, Products
 
 T = TypeVar("T")
 
@@ -244,6 +244,14 @@ class AveragedOracle(Oracle):
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         like = [self._scalar(y)]
         return self.ranks.mean(lambda: [self._local.value(level, x, y, draw)], like)[0]
+
+    def joint(self, draws: Sequence[Draw]) -> Draw:
+        """All of them: a batch may come twice to one rank, but each must do as much."""
+        return Joint(draws) if len(draws) > 1 else draws[0]
+
+    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
+        like = [self._scalar(y) for y in ys]
+        return self.ranks.mean(lambda: self._local.values(level, x, ys, draw), like)
 
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw

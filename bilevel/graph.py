@@ -393,6 +393,9 @@ class _Traced:
     def record(self, x: Tensor, y: Tensor, draw: Draw) -> _TracedProducts:
         return _TracedProducts(self, x, y, draw)
 
+    def joint(self, draws: Sequence[Draw]) -> Draw:
+        return draws[0]  # which is one already
+
     def project(self, x: Tensor) -> Tensor:
         return x
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel import require
 from bilevel.linear import PRODUCTS, Neumann, Solver, curvature, solved
-from bilevel.problem import Draw, Oracle, Products, joint
+from bilevel.problem import Draw, Oracle, Products
 
 # (t, x + t d) -> y(t), and whether it can be trusted
 Follow = Callable[["float | Tensor", Tensor], tuple[Tensor, "Tensor | bool"]]
@@ -152,7 +152,7 @@ class Implicit:
     ) -> Estimate:
         del path
         value, fx, fy = oracle.outer_gradients(x, y, outer)
-        draw = joint(inner if self.average == "auto" else inner[: self.average])
+        draw = oracle.joint(inner if self.average == "auto" else inner[: self.average])
         pull = self._pullback(oracle, x, y, draw)
         others: dict[int, Products] = {}
 

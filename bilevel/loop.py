@@ -138,7 +138,7 @@ def solve(
     oracle = make_oracle(problem, *state.layouts)
     if data is None:
         oracle.require_data(outer_data, inner_data)
-    source = _Source(outer_data, inner_data, data, inner_steps)
+    source = _Source(outer_data, inner_data, data, inner_steps, ranks)
     state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
 
@@ -244,13 +244,15 @@ def _stops(
 class _Source:
     """The batches of one outer iteration: (outer batch, inner batches, Hessian batches)."""
 
-    def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int) -> None:
+    def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int, ranks: Ranks) -> None:
         self._cycles = {
             name: Cycle(data, name)
             for name, data in (("outer_data", outer), ("inner_data", inner), ("data", pairs))
             if data is not None
         }
-        self._steps = steps
+        self._steps, self._alone = steps, ranks.size == 1
+        cycle = self._cycles.get("inner_data")
+        self._single = cycle is not None and all(ranks.numbers(lambda: cycle.single))
 
     def next(self, hessian: int) -> tuple[Any, list[Any], list[Any] | None]:
         """``hessian``: how many batches for the second derivatives."""
@@ -262,8 +264,10 @@ class _Source:
             return outer, [None] * self._steps, None
         cycle = self._cycles["inner_data"]
         inner = cycle.take(self._steps)
-        drawn = cycle.take(1 if cycle.single else hessian)
-        return outer, inner, list({id(batch): batch for batch in drawn}.values())
+        drawn = cycle.take(1 if self._single else hessian)
+        if self._alone:  # several ranks need as many each, to compute the same things
+            drawn = list({id(batch): batch for batch in drawn}.values())
+        return outer, inner, drawn
 
     def state_dict(self) -> dict[str, Any]:
         return {name: cycle.state_dict() for name, cycle in self._cycles.items()}

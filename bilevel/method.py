@@ -39,9 +39,6 @@ SOLVERS = (
 )
 
 
-KAPPA = 2.0
-
-
 @dataclass(frozen=True)
 class State:
     """All that changes from one outer iteration to the next; never modified in place.
@@ -195,8 +192,8 @@ class Method:
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
 
-        lag_here = torch.zeros_like(h.value) if h.lag is None else h.lag
-        excess, lag_there = h.value * math.nan, lag_here
+        lag = torch.zeros_like(h.value) if h.lag is None else h.lag
+        excess, lag_there = h.value * math.nan, lag
         if others and h.elsewhere:
             excess, lag_there = h.elsewhere(others[0])
 
@@ -220,7 +217,7 @@ class Method:
                     new_x.isfinite().all() & new_y.isfinite().all(),
                     h.value - average_value,
                     trials.line.slope,
-                    lag_here,
+                    lag,
                     lag_there,
                     excess,
                 )
@@ -311,9 +308,12 @@ class Method:
 
 
 def is_behind(here: Any, there: Any, gain: Any) -> Any:
-    """Whether y lags by more than the outer step is to gain, and than noise would make it seem:
-    the mean of the lags on two independent batches exceeds both their half difference and that
-    gain, the former twice. Numbers or tensors; the same number twice where there is one batch."""
+    """Whether y lags by more than the outer step is to gain, and noise alone would not tell so.
+
+    Args:
+        here, there: the lag on two independent batches, of which the mean is to exceed half of the
+            difference twice; the same number where there is but one. Numbers or tensors.
+    """
     lag, spread = abs(here + there) / 2, abs(here - there) / 2
     return (lag > gain) & (lag > 2 * spread)
 

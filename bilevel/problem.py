@@ -253,6 +253,10 @@ class Oracle:
             )
         return value
 
+    def joint(self, draws: Sequence[Draw]) -> Draw:
+        """The draws as one, see :func:`joint`."""
+        return joint(draws)
+
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         """The loss, without a graph."""
         self.cost.loss_evaluations += draw.count

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.problems import Case, Shuffled
 from benchmarks.rivals import RIVALS, Batches, Constants, Sizes, Whole
+from bilevel.distributed import Ranks
 from bilevel.layout import Layout
 from bilevel.loop import _Source
 from bilevel.problem import Oracle, Problem
@@ -462,7 +463,7 @@ def test_batches_are_those_of_solve():
         "inner_data": Shuffled(torch.arange(n) + n, size=size),
     }
     torch.manual_seed(11)
-    source = _Source(data["outer_data"], data["inner_data"], None, T)
+    source = _Source(data["outer_data"], data["inner_data"], None, T, Ranks(torch.device("cpu")))
     expected = []
     for _ in range(6):
         outer, inner, hessian = source.next(extra)

@@ -46,9 +46,12 @@ class Cell(NamedTuple):
         name, *steps = text.removesuffix(" falling").split()
         return cls(name, *map(float, steps), decay=0.5 if text.endswith(" falling") else 0.0)
 
-    def fixed(self) -> bilevel.Method:
+    def fixed(self, batches: int | None = None) -> bilevel.Method:
+        """``batches``: of the Hessian; None: as the default chooses them."""
         direction: Any = self.method  # a name, which bilevel checks
-        return bilevel.fixed(direction, self.outer, self.inner, decay=self.decay)
+        solver = bilevel.ConjugateGradient(steps=20, rtol=0.1)
+        h = None if batches is None else bilevel.Implicit(solver, average=batches)
+        return bilevel.fixed(direction, self.outer, self.inner, h, decay=self.decay)
 
 
 def decades(low: int, high: int) -> list[float]:

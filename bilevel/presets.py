@@ -42,8 +42,8 @@ def bisls(
 
     Args:
         direction: 'adam' or 'sgd' (A = I). The inner direction is -g_y in both.
-        outer_step, inner_step: first steps tried, > 0. The first search also grows, so that any
-            value serves.
+        outer_step, inner_step: first steps tried, > 0. The first search goes up or down from there
+            as far as the loss falls, so that any value serves.
         slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
             response y(alpha) that the hypergradient differentiates.
         reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' on the tangent

@@ -226,6 +226,15 @@ def sampled(rank, size, folder, **options):
     )
 
 
+def unlike(rank, size, folder):
+    """Ranks that have unlike numbers of batches, one of them fewer than are averaged."""
+    few = shards(rank, size, 50, 2 + 3 * rank)
+    several = bilevel.bisls(hypergradient=_I(bilevel.ConjugateGradient(3, 0.01), average=4))
+    found = [go(rank, size, inner_data=few, steps=5, **options)["records"]
+             for options in ({}, {"method": several})]  # fmt: skip
+    return go(rank, size, inner_data=few[: 1 + rank]) | {"records": found}
+
+
 def interrupted(rank, size, folder):
     """A run that every rank leaves after 5 iterations; its file is of iteration 4."""
 
@@ -412,7 +421,7 @@ EQUAL |= {
 }
 TWO = EQUAL | {
     f.__name__: f
-    for f in (careless_solver, dropout, not_finite, misused, early, uneven, parted, counted,
+    for f in (careless_solver, dropout, not_finite, misused, early, uneven, unlike, parted, counted,
               interrupted)
 }  # fmt: skip
 TWO |= {f"raising in {w}": partial(raising, w) for w in ("loss", "backward", "reading")}
@@ -520,6 +529,12 @@ def test_two_ranks_equal_one_process(name, two, folder):
 def test_three_ranks_equal_one_process(name, three, folder):
     torch.manual_seed(3)
     close(agree(three, name), EQUAL[name](0, 1, folder))
+
+
+def test_ranks_of_unlike_numbers_of_batches_do_as_much_each(two):
+    chosen, several = agree(two, "unlike")["records"]
+    assert [len(chosen), len(several)] == [5, 5]
+    assert [record["hessian_batches"] for record in several] == [4] * 5
 
 
 def test_ranks_draw_their_own_randomness(two):

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ from bilevel.average import Average
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import StochasticNeumann
+from bilevel.linear import ConjugateGradient, StochasticNeumann
 from bilevel.method import Method, State, _failure
-from bilevel.noise import Noise, settles
-from bilevel.problem import Cost, Oracle, Problem
+from bilevel.noise import MOST, Noise, settles
+from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
@@ -27,8 +28,12 @@ from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
 SLOTS = 64  # iterations in one call at most
 # where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
 # their last reader: with two Hessian batches results were wrong from the second iteration on
-OPTIONS = {"cpp_wrapper": True, "allow_buffer_reuse": False, "inplace_buffers": False}
-SETTLED = 8  # iterations before which the number of Hessian batches is not worth a graph
+OPTIONS = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,  # a third less compiling; newer than torch 2.4
+    "allow_buffer_reuse": False,
+    "inplace_buffers": False,
+}
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
 
@@ -60,19 +65,20 @@ class Chunks:
         most_failures: int,
         singly: bool,
     ) -> None:
-        self.method, self.problem, self.source = method, problem, source
+        self.method, self.source = method, source
+        self.problem, self.compiled = replace(problem, compile=False), problem
         self.fresh, self.start = fresh, state.vectors[1]
         ends = (-1.0 if tol is None else tol, most_failures)
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
         self.most = 1 if singly else SLOTS
         self.seconds = 0.0  # of one iteration, as last seen
-        self._prepared: dict[int, _Prepared] = {}  # for so many Hessian batches
+        self._prepared: dict[tuple[bool, bool], _Prepared] = {}  # for joined.loop, .watched
         self.usable = True
         if reason := _unfit(method, problem, state):
             self._refuse(reason)
 
     def _refuse(self, reason: str) -> None:
-        self.usable = False
+        self.usable, self.problem = False, self.compiled
         warnings.warn(
             f"compile=True does not serve whole iterations here, because {reason}; going on with "
             f"compiled derivatives alone, to the same result.",
@@ -83,13 +89,15 @@ class Chunks:
     def __call__(self, state: State, batches: Batches, limit: int) -> tuple[State, list[Record]]:
         """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
         count = self._count(state, limit)
-        form, tensors = _parts(batches) if count else (None, [])
-        ready = self._prepared.get(state.noise.batches)
-        if count and ready is None:
-            ready = self._prepare(state, batches, form, tensors)
-        if count and ready is not None and form == ready.form:
-            if found := self._several(ready, state, tensors, min(count, ready.slots)):
-                return found
+        if count:
+            joined = self._joined(state, batches)
+            form, tensors = _parts(batches, joined.loop)
+            ready = self._prepared.get((joined.loop, joined.watched))
+            if ready is None:
+                ready = self._prepare(state, batches, form, tensors, joined)
+            if ready is not None and form == ready.form:
+                if found := self._several(ready, state, joined, tensors, min(count, ready.slots)):
+                    return found
         state, record = self.method.step(self.problem, state, *batches)
         return state, [record]
 
@@ -103,8 +111,6 @@ class Chunks:
         )
         measuring = [(r, last) for r, last in rules if isinstance(r, Polyak)]
         settling = self.method.hypergradient.batches == "auto" and state.noise.terms > 0
-        if settling and state.k < SETTLED:
-            return 0
         limit = min(limit, SLOTS, int(WAIT / self.seconds) if self.seconds else SLOTS)
         for ahead in range(max(1, limit)):
             if any(rule.searches(state.k + ahead, last) for rule, last in measuring):
@@ -113,7 +119,16 @@ class Chunks:
                 return ahead + 1
         return max(1, limit)
 
-    def _prepare(self, state: State, batches: Batches, form: Any, tensors: Any) -> _Prepared | None:
+    def _joined(self, state: State, batches: Batches) -> _Joined:
+        count, more = self.method.wanted(state)
+        given = len(batches[2] or [None])
+        if self.method.hypergradient.average == 1:  # type: ignore[attr-defined]
+            return _Joined(False, False, 1)
+        return _Joined(given > 1, more > 0 and given > count, min(count, given))
+
+    def _prepare(
+        self, state: State, batches: Batches, form: Any, tensors: Any, joined: _Joined
+    ) -> _Prepared | None:
         """The function and the room for the batches; or a refusal."""
         if form is None:
             self._refuse("its batches are not (nests of) tensors of the same shapes")
@@ -125,18 +140,22 @@ class Chunks:
             randomness.restore(before)
             self._refuse("a loss draws random numbers, which a graph would draw otherwise")
             return None
+        from torch._inductor import config
+
         from bilevel.compiled import compiled  # torch.compile is slow to import
         from bilevel.graph import Iterations
 
-        room = sum(t.nbytes for level in tensors for batch in level for t in batch)
+        rows = [len(level) for level in tensors]
+        if joined.loop:
+            rows[2] = MOST + 1 if self.method.hypergradient.batches == "auto" else joined.many
+        heads = [level[0] if level else () for level in tensors]
+        room = sum(n * t.nbytes for n, head in zip(rows, heads, strict=True) for t in head)
         slots = max(1, min(self.most, ROOM // max(1, room)))
         stacks = [
-            [t.new_empty(slots * len(level), *t.shape) for t in (level[0] if level else ())]
-            for level in tensors
+            [t.new_empty(slots * n, *t.shape) for t in head]
+            for n, head in zip(rows, heads, strict=True)
         ]
         firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
-        count, more = self.method.wanted(state)
-        given = max(1, len(tensors[2]))
         iterations = Iterations(
             self.method,
             Oracle(self.problem, *state.layouts),
@@ -147,16 +166,19 @@ class Chunks:
             state.moments.m is not None,
             state.average is not None,
             self.fresh,
-            min(count, given),
-            more > 0 and given > count,
+            joined.loop,
+            joined.watched,
+            isinstance(self.method.hypergradient.solver, ConjugateGradient)  # type: ignore[attr-defined]
+            and is_small(self.problem.habit, self.start),
         )
-        graph = compiled(iterations.__call__, dynamic=False, options=OPTIONS)
-        ready = _Prepared(graph, form, stacks, slots, min(count, given))
-        self._prepared[state.noise.batches] = ready
+        options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
+        graph = compiled(iterations.__call__, dynamic=False, options=options)
+        ready = _Prepared(graph, form, stacks, slots)
+        self._prepared[joined.loop, joined.watched] = ready
         return ready
 
     def _several(
-        self, ready: _Prepared, state: State, first: Any, count: int
+        self, ready: _Prepared, state: State, joined: _Joined, first: Any, count: int
     ) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
@@ -165,13 +187,13 @@ class Chunks:
         while len(drawn) < count:
             asked += 1
             try:
-                form, tensors = _parts(self.source.next(wanted))
+                form, tensors = _parts(self.source.next(wanted), joined.loop)
             except Exception:  # to come again after those that have their batches
                 break
-            if form != ready.form:
+            if form != ready.form or len(tensors[2]) != len(first[2]):
                 break
             drawn.append(tensors)
-        outcome = self._run(ready, state, drawn)
+        outcome = self._run(ready, state, joined.many, drawn)
         taken = int(outcome[0]) if outcome else 1
         if taken < asked:  # the source must not be ahead of the state
             self.source.load_state_dict(position[0])
@@ -181,10 +203,10 @@ class Chunks:
         if outcome is None:
             return None
         self.seconds = (time.perf_counter() - began) / taken
-        return self._unpack(state, outcome, taken, began, ready.averaged)
+        return self._unpack(state, outcome, taken, began, joined.many)
 
     def _run(
-        self, ready: _Prepared, state: State, drawn: Sequence[Any]
+        self, ready: _Prepared, state: State, joined: int, drawn: Sequence[Any]
     ) -> tuple[Tensor, ...] | None:
         for level, stacks in enumerate(ready.stacks):
             for j, stack in enumerate(stacks):
@@ -199,11 +221,11 @@ class Chunks:
         )
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
-        count = torch.tensor(len(drawn))
+        counts = torch.tensor(len(drawn)), torch.tensor(joined)
         try:
             with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
-                return ready.graph(count, *self.ends, self.start, ready.stacks, scalars, given)
+                return ready.graph(*counts, *self.ends, self.start, ready.stacks, scalars, given)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             self._refuse(f"they cannot be compiled ({type(error).__name__}: {first})")
@@ -272,6 +294,15 @@ class Chunks:
         return new, records
 
 
+class _Joined(NamedTuple):
+    """Whether the Hessian batches of an iteration are joined, in a loop of the graph; whether one
+    more judges them; and how many they are."""
+
+    loop: bool
+    watched: bool
+    many: int
+
+
 class _Prepared(NamedTuple):
     """A graph, the form of the batches of one iteration of it, and the room for several."""
 
@@ -279,7 +310,6 @@ class _Prepared(NamedTuple):
     form: Any
     stacks: list[list[Tensor]]
     slots: int
-    averaged: int  # Hessian batches
 
 
 def _unfit(method: Method, problem: Problem, state: State) -> str | None:
@@ -303,9 +333,10 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
     return "several ranks solve the problem" if Ranks(device).size > 1 else None
 
 
-def _parts(batches: Batches) -> tuple[Any, list[list[Sequence[Tensor]]]]:
+def _parts(batches: Batches, joined: bool) -> tuple[Any, list[list[Sequence[Tensor]]]]:
     """The form of one iteration's batches, which others must have as well to be stacked with it,
-    and the tensors: of each level, of each of its batches. None where there is something else."""
+    and the tensors: of each level, of each of its batches. None where there is something else.
+    ``joined``: any number of Hessian batches are of one form."""
     outer, inner, hessian = batches
     if all(batch is inner[0] for batch in inner):
         inner = inner[:1]
@@ -315,7 +346,7 @@ def _parts(batches: Batches) -> tuple[Any, list[list[Sequence[Tensor]]]]:
         forms = [kind and (kind, [(t.shape, t.dtype, t.device) for t in ts]) for kind, ts in pieces]
         if forms[0] is None or any(f != forms[0] for f in forms):
             return None, []
-        form.append((len(level), forms[0]))
+        form.append((0 if joined and level is hessian else len(level), forms[0]))
         found.append([ts for _, ts in pieces] if pieces[0][1] else [])
     return form, found
 

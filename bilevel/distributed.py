@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bilevel.layout import Layout, leaves
-from bilevel.problem import Cost, Draw, Joint, Oracle, Products
+from bilevel.problem import Cost, Draw, Oracle, Products
 
 T = TypeVar("T")
 
@@ -245,9 +245,9 @@ class AveragedOracle(Oracle):
         like = [self._scalar(y)]
         return self.ranks.mean(lambda: [self._local.value(level, x, y, draw)], like)[0]
 
-    def joint(self, draws: Sequence[Draw]) -> Draw:
+    def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
         """All of them: a batch may come twice to one rank, but each must do as much."""
-        return Joint(draws) if len(draws) > 1 else draws[0]
+        return draws[:1] if draws[0].batch is None else draws
 
     def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
         like = [self._scalar(y) for y in ys]

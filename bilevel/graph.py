@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from bilevel.layout import rebuild
 from bilevel.linear import ConjugateGradient, Product, Solver
 from bilevel.method import Method, is_behind
 from bilevel.noise import BOUND, MEMORY
-from bilevel.problem import Draw, Joint, Oracle
+from bilevel.problem import Draw, Oracle
 from bilevel.rules import NEAR, Armijo, Fixed, Moments, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
 
@@ -42,6 +43,8 @@ COLUMNS = (
 )
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # size, last, trials, failed, evaluations
+Loss = Callable[[Tensor, Tensor], Tensor]
+Tensors = tuple[Tensor, ...]
 Phi = Callable[[Tensor], tuple[Tensor, "Tensor | int"]]  # t -> phi(t), evaluations of a loss
 
 
@@ -54,7 +57,8 @@ class Iterations:
         counts: of inner and Hessian batches in one iteration.
         slots: iterations in one call at most.   steps: inner steps in each.
         moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
-        hessian: batches of the second derivatives.   watches: whether one more judges them.
+        joins: whether the Hessian batches are averaged, as many as the call says; watches:
+            whether one more judges them.   matrix: whether g_yy is one, being small.
     """
 
     method: Method
@@ -66,12 +70,14 @@ class Iterations:
     moments: bool
     averaged: bool
     fresh: bool
-    hessian: int
+    joins: bool
     watches: bool
+    matrix: bool
 
     def __call__(
         self,
         count: Tensor,
+        joined: Tensor,
         tol: Tensor,
         most_failures: Tensor,
         start: Tensor,
@@ -87,7 +93,7 @@ class Iterations:
         def once(
             i: Tensor, go: Tensor, rows: Tensor, scalars: Tensor, *vectors: Tensor
         ) -> tuple[Tensor, ...]:
-            row, new_scalars, new_vectors = self._once(i, start, stacks, scalars, vectors)
+            row, new_scalars, new_vectors = self._once(i, joined, start, stacks, scalars, vectors)
             cells = dict(zip(COLUMNS, row, strict=True))
             failures = new_scalars[SCALARS.index("failures")]
             failed, numbers = cells["failed"] > 0, cells["finite"] > 0
@@ -109,6 +115,7 @@ class Iterations:
     def _once(
         self,
         i: Tensor,
+        joined: Tensor,
         start: Tensor,
         stacks: list[list[Tensor]],
         scalars: Tensor,
@@ -116,11 +123,18 @@ class Iterations:
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, noise, noises = scalars.unbind()
-        oracle = _Traced(self.oracle)
         outer = self._draw(0, stacks, i)
-        drawn = max(1, self.counts[1])
-        hessian = [self._draw(2, stacks, i * drawn + j) for j in range(drawn)]
-        hessian, others = hessian[: self.hessian], hessian[self.hessian :]
+        drawn = joined + int(self.watches) if self.joins else max(1, self.counts[1])
+        many = joined if self.joins else 1
+
+        def of(j: Tensor | int) -> Draw:
+            return self._draw(2, stacks, i * drawn + j)
+
+        if self.joins:
+            hessian: list[Draw] = [_Run(of, joined)]
+        else:
+            hessian = [of(j) for j in range(max(1, self.counts[1]))]
+        oracle = _Traced(self.oracle, hessian[0] if self.matrix else None)
 
         # the inner steps
         def inner(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,18 +162,14 @@ class Iterations:
 
         # the hypergradient; chunks lets Implicit alone pass, and _Traced stands in for its oracle
         solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
-        average = self.method.hypergradient.average  # type: ignore[attr-defined]
-        if average != 1:  # as one draw: what is the same object cannot be asked in a graph
-            hessian = [Joint(hessian)]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
-        joined = hessian[0].count  # what each derivative of g costs
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
         noise_new, noises_new = noise, noises
         here = there = h.lag
         if self.watches:
             assert h.elsewhere is not None
-            excess, there = h.elsewhere(others[0])
+            excess, there = h.elsewhere(of(joined))
             noise_new, noises_new = _noise(noise, noises, excess.double(), joined)
         m, v = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
@@ -187,7 +197,7 @@ class Iterations:
             if follow is None:
                 return value, 1
             assert isinstance(trusted, Tensor)
-            return torch.where(trusted, value, torch.inf), trusted + 2 * joined
+            return torch.where(trusted, value, torch.inf), trusted + 2 * many
 
         found = _move(rule, h.value, slope, phi, k, outer_last)
         alpha, outer_last_new, outer_trials, failed, evaluations = found
@@ -250,14 +260,14 @@ class Iterations:
             "inner_trials": inner_trials,
             "inner_failures": inner_failures,
             "failed": failed,
-            "gradients": torch.full((), self.steps + 1 + joined + int(self.watches)),
-            "hessian_products": joined * sum(solver.counts, nothing) + int(self.watches),
+            "gradients": nothing + self.steps + 1 + many + int(self.watches),
+            "hessian_products": many * sum(solver.counts, nothing) + int(self.watches),
             "loss_evaluations": inner_trials + evaluations + int(self.averaged),
         }
         return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
 
 
-def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: int) -> tuple[Tensor, Tensor]:
+def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:
     """:meth:`bilevel.noise.Noise.add`: level and terms."""
     s = (batches * excess).clamp(-BOUND, BOUND)
     known = ~excess.isnan()
@@ -361,37 +371,78 @@ def _search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) 
     return size, torch.where(accepted > 0, best, last), trials, failed.double(), evaluations
 
 
+class _Run(Draw):
+    """Several draws as one, their number a tensor: ``of(j)`` for j < ``many``."""
+
+    def __init__(self, of: Callable[[Tensor], Draw], many: Tensor) -> None:
+        super().__init__()
+        self.of, self.many = of, many
+
+
 class _Traced:
-    """What an estimate asks of :class:`Oracle`, inside a graph and without counting."""
+    """What an estimate asks of :class:`Oracle`, inside a graph and without counting; on the draw
+    ``whole``, g_yy is had as a matrix."""
 
-    def __init__(self, oracle: Oracle) -> None:
-        self._oracle = oracle
+    def __init__(self, oracle: Oracle, whole: Draw | None) -> None:
+        self._oracle, self._whole = oracle, whole
 
-    def _loss(self, level: str, draw: Draw) -> Callable[[Tensor, Tensor], Tensor]:
-        batches = [self._oracle._batch(level, d) for d in draw.draws]
+    def mean(
+        self, level: str, draw: Draw, function: Callable[[Loss], Tensors], zeros: Tensors
+    ) -> Tensors:
+        """What ``function`` makes of the loss on each of the draws, linear in the loss, averaged:
+        a loop of the graph, which is as large for many as for one."""
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            values = [self._oracle.call(level, x, y, batch) for batch in batches]
-            return torch.stack(values).mean() if len(values) > 1 else values[0]
+        def on(draw: Draw) -> Tensors:
+            return function(partial(self._call, level, self._oracle._batch(level, draw)))
 
-        return loss
+        if not isinstance(draw, _Run):
+            return on(draw)
+
+        def add(j: Tensor, *sums: Tensor) -> Tensors:
+            return j + 1, *(a + b for a, b in zip(sums, on(draw.of(j)), strict=True))
+
+        first = torch.zeros((), dtype=torch.int64)
+        _, *sums = while_loop(lambda j, *sums: j < draw.many, add, (first, *zeros))
+        return tuple(total / draw.many for total in sums)
+
+    def _call(self, level: str, batch: tuple[Any, ...], x: Tensor, y: Tensor) -> Tensor:
+        return self._oracle.call(level, x, y, batch)
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        return self._loss(level, draw)(x, y)
+        return self.values(level, x, [y], draw)[0]
 
     def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
-        return [self.value(level, x, y, draw) for y in ys]
+        zeros = tuple(x.new_zeros(()) for _ in ys)
+        return list(self.mean(level, draw, lambda loss: tuple(loss(x, y) for y in ys), zeros))
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        (fx, fy), value = grad_and_value(self._loss("outer", draw), argnums=(0, 1))(x, y)
+        (fx, fy), value = grad_and_value(
+            partial(self._call, "outer", self._oracle._batch("outer", draw)), argnums=(0, 1)
+        )(x, y)
         return value, fx, fy
 
     def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        gy, value = grad_and_value(self._loss("inner", draw), argnums=1)(x, y)
+        def function(loss: Loss) -> Tensors:
+            return grad_and_value(loss, argnums=1)(x, y)
+
+        gy, value = self.mean("inner", draw, function, (torch.zeros_like(y), y.new_zeros(())))
         return value, gy
 
     def record(self, x: Tensor, y: Tensor, draw: Draw) -> _TracedProducts:
-        return _TracedProducts(self, x, y, draw)
+        matrix = draw is self._whole
+        unit = torch.eye(len(y), dtype=y.dtype) if matrix else y
+
+        def function(loss: Loss) -> Tensors:
+            gy, value = grad_and_value(loss, argnums=1)(x, y)
+            if not matrix:
+                return gy, value, torch.zeros_like(y)
+            product = second_derivatives(lambda x, y, batch: loss(x, y))["product"]
+            return gy, value, torch.func.vmap(lambda u: product(x, y, u, ()))(unit)
+
+        zeros = (torch.zeros_like(y), y.new_zeros(()), torch.zeros_like(unit))
+        gy, value, hessian = self.mean("inner", draw, function, zeros)
+        # made only now: torch 2.13 forgets what objects from before a vmap in a loop are given
+        return _TracedProducts(self, x, y, draw, value, gy, hessian if matrix else None)
 
     def joint(self, draws: Sequence[Draw]) -> Draw:
         return draws[0]  # which is one already
@@ -401,22 +452,40 @@ class _Traced:
 
 
 class _TracedProducts:
-    """:class:`bilevel.problem.Products` in a graph; each product linearises anew."""
+    """:class:`bilevel.problem.Products` in a graph; each product linearises anew, or is one with
+    the matrix, which spares many small operations."""
 
-    def __init__(self, oracle: _Traced, x: Tensor, y: Tensor, draw: Draw) -> None:
-        self.value, self.gradient = oracle.inner_gradient(x, y, draw)
-        self._point = x, y
-        loss = oracle._loss("inner", draw)
-        self._functions = second_derivatives(lambda x, y, batch: loss(x, y))
+    def __init__(
+        self,
+        oracle: _Traced,
+        x: Tensor,
+        y: Tensor,
+        draw: Draw,
+        value: Tensor,
+        gradient: Tensor,
+        hessian: Tensor | None,
+    ) -> None:
+        self._oracle, self._point, self._draw = oracle, (x, y), draw
+        self.value, self.gradient, self._hessian = value, gradient, hessian
+
+    def _apply(self, name: str, u: Tensor, *like: Tensor) -> Tensors:
+        def function(loss: Loss) -> Tensors:
+            functions = second_derivatives(lambda x, y, batch: loss(x, y))
+            found = functions[name](*self._point, u, ())
+            return found if isinstance(found, tuple) else (found,)
+
+        zeros = tuple(torch.zeros_like(t) for t in like)
+        return self._oracle.mean("inner", self._draw, function, zeros)
 
     def product(self, u: Tensor) -> Tensor:
-        return self._functions["product"](*self._point, u, ())
+        return self._apply("product", u, u)[0] if self._hessian is None else self._hessian @ u
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return self._functions["both"](*self._point, u, ())
+        gxy, gyy = self._apply("both", u, *self._point)
+        return gxy, gyy
 
     def forward(self, d: Tensor) -> Tensor:
-        return self._functions["forward"](*self._point, d, ())
+        return self._apply("forward", d, self._point[1])[0]
 
 
 class _Counted:

@@ -135,7 +135,7 @@ def solve(
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:
         torch.manual_seed(seed + ranks.rank)
-    oracle = make_oracle(problem, *state.layouts)
+    oracle = make_oracle(replace(problem, compile=False), *state.layouts)
     if data is None:
         oracle.require_data(outer_data, inner_data)
     source = _Source(outer_data, inner_data, data, inner_steps, ranks)

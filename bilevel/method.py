@@ -180,7 +180,8 @@ class Method:
         x, y = state.vectors
         draws, outer = [Draw(batch) for batch in inner_batches], Draw(outer_batch)
         y, path, inner = self._inner(oracle, state, draws)
-        hessian = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
+        given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
+        hessian = oracle.distinct(given)
         count, more = self.wanted(state)
         hessian, others = hessian[:count], hessian[count : count + more]
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q)

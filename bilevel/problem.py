@@ -123,14 +123,6 @@ class Joint(Draw):
         return self._draws
 
 
-def joint(draws: Sequence[Draw]) -> Draw:
-    """The draws as one; of a batch that comes more than once, the first."""
-    seen: dict[int, Draw] = {}
-    for draw in draws:
-        seen.setdefault(id(draw.batch), draw)
-    return Joint(list(seen.values())) if len(seen) > 1 else draws[0]
-
-
 class _Pair(nn.Module):
     """x and y, of which at least one is a Module, so that one functional_call binds both."""
 
@@ -253,9 +245,17 @@ class Oracle:
             )
         return value
 
+    def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
+        """Of a batch that comes more than once, the first draw."""
+        seen: dict[int, Draw] = {}
+        for draw in draws:
+            seen.setdefault(id(draw.batch), draw)
+        return list(seen.values())
+
     def joint(self, draws: Sequence[Draw]) -> Draw:
-        """The draws as one, see :func:`joint`."""
-        return joint(draws)
+        """The distinct ones of the draws as one."""
+        draws = self.distinct(draws)
+        return Joint(draws) if len(draws) > 1 else draws[0]
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         """The loss, without a graph."""
@@ -344,6 +344,11 @@ ROWS = 64  # of a Hessian that may be had as a matrix
 ENTRIES = 2**15  # of the largest tensor of a loss that is small
 
 
+def is_small(habit: Habit, y: Tensor) -> bool:
+    """Whether the Hessian as a matrix costs but a few of its products."""
+    return y.numel() <= ROWS and habit.largest is not None and habit.largest <= ENTRIES
+
+
 class Pullback:
     """:class:`Products` from one recorded graph of g_y: each costs about one gradient.
 
@@ -366,15 +371,12 @@ class Pullback:
         """g_yy u, shape of y."""
         self._cost.hessian_products += self._count
         self._products += 1
-        if 4 * self._products > u.numel() and self._hessian is None and self._small():
+        many = 4 * self._products > u.numel()
+        if many and self._hessian is None and is_small(self._habit, self._y):
             self._hessian = self._rows()
         if self._hessian is not None:
             return self._hessian @ u
         return _gradients(self._gy, (self._y,), u, retain_graph=True)[0]
-
-    def _small(self) -> bool:
-        largest = self._habit.largest
-        return self._y.numel() <= ROWS and largest is not None and largest <= ENTRIES
 
     def _rows(self) -> Tensor | None:
         """g_yy, or None where its rows cannot be had in one pass."""

@@ -78,7 +78,6 @@ def taken(monkeypatch):
     monkeypatch.setattr(Chunks, "_several", spy)
     monkeypatch.setattr(chunks, "SLOTS", 4)
     monkeypatch.setattr(chunks, "WAIT", 1e9)
-    monkeypatch.setattr(chunks, "SETTLED", 1)
     return found
 
 
@@ -199,6 +198,6 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
     h = Estimate(*(None,) * 8, newton=lambda *solver: s.clone())
     plain = corrected(oracle, x, y, h, Draw()) if go else y
     given = (x, y, h, Draw(), ConjugateGradient())
-    found, _, looks = graph._corrected(graph._Traced(oracle), torch.tensor(go), *given)
+    found, _, looks = graph._corrected(graph._Traced(oracle, None), torch.tensor(go), *given)
     assert torch.equal(found, plain)
     assert looks == (oracle.cost.loss_evaluations if go else 0)

@@ -6,7 +6,7 @@ import torch
 import bilevel
 from bilevel import ConjugateGradient, FiniteDifference, Implicit, StochasticNeumann
 from bilevel.layout import Layout
-from bilevel.problem import Draw, Problem, joint, make_oracle
+from bilevel.problem import Draw, Problem, make_oracle
 
 G = torch.Generator().manual_seed(3)
 
@@ -62,6 +62,7 @@ def test_each_batch_is_counted():
 
 def test_a_batch_that_comes_twice_is_one():
     same = Draw(PARTS[0])
+    joint = make_oracle(Problem(outer, inner), Layout(X, "x"), Layout(Y, "y")).joint
     assert joint([same, Draw(PARTS[0])]) is same
     assert joint([same, Draw(PARTS[1]), Draw(PARTS[0])]).count == 2
     assert joint([Draw(), Draw()]).count == 1
@@ -104,7 +105,7 @@ def test_a_trial_follows_the_tangent_of_their_mean(compile):
 
 def test_values_at_several_y():
     oracle = make_oracle(Problem(outer, inner), Layout(X, "x"), Layout(Y, "y"))
-    several = joint([Draw(p) for p in PARTS])
+    several = oracle.joint([Draw(p) for p in PARTS])
     found = oracle.values("inner", X, (Y, 2 * Y), several)
     assert oracle.cost.loss_evaluations == 6
     for value, y in zip(found, (Y, 2 * Y), strict=True):

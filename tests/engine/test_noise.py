@@ -12,7 +12,7 @@ from bilevel.graph import _noise
 from bilevel.layout import Layout
 from bilevel.method import is_behind
 from bilevel.noise import ALLOWED, BOUND, MEMORY, MOST, Noise, settles
-from bilevel.problem import Draw, Problem, joint, make_oracle
+from bilevel.problem import Draw, Problem, make_oracle
 
 N = 6
 TARGET = torch.arange(1.0, N + 1, dtype=torch.float64) / N
@@ -60,9 +60,24 @@ def test_the_excess_is_that_of_the_hessians():
         assert float(excess) == pytest.approx(float(expected), rel=error)
         gradient = there @ y - 1
         assert float(lag) == pytest.approx(float(q @ gradient), rel=error)
-        excess, lag = h.elsewhere(joint([Draw(H[0]), Draw(H[1])]))
+        excess, lag = h.elsewhere(oracle.joint([Draw(H[0]), Draw(H[1])]))
         assert abs(float(excess)) < 10 * error
         assert float(lag) == pytest.approx(float(h.lag), rel=error)
+
+
+def test_nothing_is_watched_where_there_is_but_one_batch():
+    start, (H,) = torch.zeros(N, dtype=torch.float64), batches(7, 1)
+    given = [
+        (inner, {"inner_batches": [H, H]}),
+        (lambda x, y: inner(x, y, H), {"inner_batches": 2}),
+    ]
+    given.append((inner, {"inner_batches": [H], "hessian_batches": [H, H]}))
+    for g, options in given:
+        method = bilevel.bisls("adam")
+        state, record = method.step(Problem(outer, g), method.init(start, start), **options)
+        assert state.noise.terms == 0 and record.hessian_batches == 1
+        steps = len(options["inner_batches"]) if isinstance(options["inner_batches"], list) else 2
+        assert record.gradients == steps + 2  # of f, and of g with its graph
 
 
 def test_a_lag_that_two_batches_do_not_agree_on_is_noise():

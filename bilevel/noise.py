@@ -20,8 +20,8 @@ class Noise(NamedTuple):
         <q, H' q> / <q, H q> - 1  =  s / m  on average.
 
     It is measured in every iteration on a batch that nothing else has seen, and m = 1, 2, 4 or 8
-    brings it near ``ALLOWED``. m changes after iterations 0, 1, 3, 7, 15, ... only, since other
-    batches mean another graph where iterations are compiled.
+    brings it near ``ALLOWED``. m changes after iterations 0, 1, 3, 7, 15, ... only, since those
+    between can be taken in one call of a compiled graph.
 
     Attributes:
         batches: m.   level: mean of s.   terms: iterations in it.

@@ -122,7 +122,7 @@ class Implicit:
         what = "a solver(product, b, q0)"
         name = type(self).__name__
         require.made_by(name, "solver", self.solver, "__call__", what, examples)
-        if self.average != "auto":
+        if not (isinstance(self.average, str) and self.average == "auto"):
             hint = ", which counts inner batches, such as 2, or 'auto'"
             require.whole(name, "average", self.average, hint=hint)
         if self.average != 1 and getattr(self.solver, "batches", 1) > 1:

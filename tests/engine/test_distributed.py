@@ -366,8 +366,8 @@ def counted(rank, size, folder):
         return call
 
     def note(state, record):
-        seen.append((dict(calls), record.gradients + record.hessian_products
-                     + record.loss_evaluations))  # fmt: skip
+        made = record.gradients + record.hessian_products + record.loss_evaluations
+        seen.append((dict(calls), made, record.outer_trials))
 
     for name in COLLECTIVES:
         setattr(dist, name, wrap(name))
@@ -592,11 +592,12 @@ def test_batches_of_different_sizes_are_told(two):
 
 
 def test_collectives_are_those_that_are_documented(two):
-    """One for each gradient, product and loss; one to read; one for the callback."""
+    """One for each gradient, product and loss, but for the two of g at an outer trial, which share
+    one; one to read; one for the callback."""
     seen = two[0]["counted"]["seen"]
     for k in range(1, len(seen)):
-        (before, old), (after, new) = seen[k - 1], seen[k]
-        assert after["all_reduce"] - before["all_reduce"] == new - old
+        (before, old, _), (after, new, trials) = seen[k - 1], seen[k]
+        assert after["all_reduce"] - before["all_reduce"] == new - old - trials
         assert after["all_gather"] - before["all_gather"] == 2
         assert all(after.get(c, 0) == before.get(c, 0) for c in COLLECTIVES[2:])
 

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import bilevel
 from benchmarks.problems import CASES, INNER, STEPS, outcome
 from benchmarks.report import write
 from benchmarks.rivals import RIVALS
+from bilevel.presets import DEFAULT
 
 OURS = ("bisls-adam", "bisls-sgd", "bisps")
 SINGLE_LOOP = ("soba", "ma-soba", "s-tfbo")  # one inner step an iteration, INNER times as many
@@ -49,8 +51,7 @@ class Cell(NamedTuple):
     def fixed(self, batches: int | None = None) -> bilevel.Method:
         """``batches``: of the Hessian; None: as the default chooses them."""
         direction: Any = self.method  # a name, which bilevel checks
-        solver = bilevel.ConjugateGradient(steps=20, rtol=0.1)
-        h = None if batches is None else bilevel.Implicit(solver, average=batches)
+        h = None if batches is None else replace(DEFAULT, average=batches)
         return bilevel.fixed(direction, self.outer, self.inner, h, decay=self.decay)
 
 

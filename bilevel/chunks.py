@@ -47,6 +47,7 @@ class Chunks:
     whose batches have other shapes than the first, and those in which a Polyak rule measures.
 
     Args:
+        problem: the plain one.
         source: of the batches, with ``next``, ``state_dict`` and ``load_state_dict``.
         fresh: whether y starts at that of ``state`` in every iteration.
         tol, most_failures: what ends a run, see :func:`bilevel.solve`.
@@ -66,7 +67,7 @@ class Chunks:
         singly: bool,
     ) -> None:
         self.method, self.source = method, source
-        self.problem, self.compiled = replace(problem, compile=False), problem
+        self.problem, self.compiled = problem, replace(problem, compile=True)
         self.fresh, self.start = fresh, state.vectors[1]
         ends = (-1.0 if tol is None else tol, most_failures)
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
@@ -92,7 +93,7 @@ class Chunks:
         if count:
             joined = self._joined(state, batches)
             form, tensors = _parts(batches, joined.loop)
-            ready = self._prepared.get((joined.loop, joined.watched))
+            ready = self._prepared.get(joined[:2])
             if ready is None:
                 ready = self._prepare(state, batches, form, tensors, joined)
             if ready is not None and form == ready.form:
@@ -119,10 +120,15 @@ class Chunks:
                 return ahead + 1
         return max(1, limit)
 
+    @property
+    def _implicit(self) -> Implicit:
+        assert isinstance(self.method.hypergradient, Implicit)  # or it is unfit
+        return self.method.hypergradient
+
     def _joined(self, state: State, batches: Batches) -> _Joined:
         count, more = self.method.wanted(state)
         given = len(batches[2] or [None])
-        if self.method.hypergradient.average == 1:  # type: ignore[attr-defined]
+        if self._implicit.average == 1:
             return _Joined(False, False, 1)
         return _Joined(given > 1, more > 0 and given > count, min(count, given))
 
@@ -168,13 +174,13 @@ class Chunks:
             self.fresh,
             joined.loop,
             joined.watched,
-            isinstance(self.method.hypergradient.solver, ConjugateGradient)  # type: ignore[attr-defined]
+            isinstance(self._implicit.solver, ConjugateGradient)
             and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
         ready = _Prepared(graph, form, stacks, slots)
-        self._prepared[joined.loop, joined.watched] = ready
+        self._prepared[joined[:2]] = ready
         return ready
 
     def _several(

@@ -124,16 +124,14 @@ class Iterations:
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, noise, noises = scalars.unbind()
         outer = self._draw(0, stacks, i)
-        drawn = joined + int(self.watches) if self.joins else max(1, self.counts[1])
+        fixed = max(1, self.counts[1])
+        drawn = joined + int(self.watches) if self.joins else fixed
         many = joined if self.joins else 1
 
         def of(j: Tensor | int) -> Draw:
             return self._draw(2, stacks, i * drawn + j)
 
-        if self.joins:
-            hessian: list[Draw] = [_Run(of, joined)]
-        else:
-            hessian = [of(j) for j in range(max(1, self.counts[1]))]
+        hessian = [_Run(of, joined)] if self.joins else [of(j) for j in range(fixed)]
         oracle = _Traced(self.oracle, hessian[0] if self.matrix else None)
 
         # the inner steps
@@ -429,20 +427,19 @@ class _Traced:
         return value, gy
 
     def record(self, x: Tensor, y: Tensor, draw: Draw) -> _TracedProducts:
-        matrix = draw is self._whole
-        unit = torch.eye(len(y), dtype=y.dtype) if matrix else y
+        if draw is not self._whole:
+            return _TracedProducts(self, (x, y), draw, *self.inner_gradient(x, y, draw))
+        unit = torch.eye(len(y), dtype=y.dtype)
 
         def function(loss: Loss) -> Tensors:
             gy, value = grad_and_value(loss, argnums=1)(x, y)
-            if not matrix:
-                return gy, value, torch.zeros_like(y)
             product = second_derivatives(lambda x, y, batch: loss(x, y))["product"]
             return gy, value, torch.func.vmap(lambda u: product(x, y, u, ()))(unit)
 
         zeros = (torch.zeros_like(y), y.new_zeros(()), torch.zeros_like(unit))
         gy, value, hessian = self.mean("inner", draw, function, zeros)
         # made only now: torch 2.13 forgets what objects from before a vmap in a loop are given
-        return _TracedProducts(self, x, y, draw, value, gy, hessian if matrix else None)
+        return _TracedProducts(self, (x, y), draw, value, gy, hessian)
 
     def joint(self, draws: Sequence[Draw]) -> Draw:
         return draws[0]  # which is one already
@@ -451,41 +448,36 @@ class _Traced:
         return x
 
 
+@dataclass
 class _TracedProducts:
     """:class:`bilevel.problem.Products` in a graph; each product linearises anew, or is one with
     the matrix, which spares many small operations."""
 
-    def __init__(
-        self,
-        oracle: _Traced,
-        x: Tensor,
-        y: Tensor,
-        draw: Draw,
-        value: Tensor,
-        gradient: Tensor,
-        hessian: Tensor | None,
-    ) -> None:
-        self._oracle, self._point, self._draw = oracle, (x, y), draw
-        self.value, self.gradient, self._hessian = value, gradient, hessian
+    oracle: _Traced
+    point: tuple[Tensor, Tensor]
+    draw: Draw
+    value: Tensor
+    gradient: Tensor
+    hessian: Tensor | None = None
 
     def _apply(self, name: str, u: Tensor, *like: Tensor) -> Tensors:
         def function(loss: Loss) -> Tensors:
             functions = second_derivatives(lambda x, y, batch: loss(x, y))
-            found = functions[name](*self._point, u, ())
+            found = functions[name](*self.point, u, ())
             return found if isinstance(found, tuple) else (found,)
 
         zeros = tuple(torch.zeros_like(t) for t in like)
-        return self._oracle.mean("inner", self._draw, function, zeros)
+        return self.oracle.mean("inner", self.draw, function, zeros)
 
     def product(self, u: Tensor) -> Tensor:
-        return self._apply("product", u, u)[0] if self._hessian is None else self._hessian @ u
+        return self._apply("product", u, u)[0] if self.hessian is None else self.hessian @ u
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        gxy, gyy = self._apply("both", u, *self._point)
+        gxy, gyy = self._apply("both", u, *self.point)
         return gxy, gyy
 
     def forward(self, d: Tensor) -> Tensor:
-        return self._apply("forward", d, self._point[1])[0]
+        return self._apply("forward", d, self.point[1])[0]
 
 
 class _Counted:

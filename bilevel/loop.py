@@ -130,12 +130,13 @@ def solve(
         )
     if resume and checkpoint is None:
         raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
-    problem = Problem(outer, inner, project, compile)
+    require.flag("", "compile", compile)
+    problem = Problem(outer, inner, project)
     state = method.init(x, y)
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:
         torch.manual_seed(seed + ranks.rank)
-    oracle = make_oracle(replace(problem, compile=False), *state.layouts)
+    oracle = make_oracle(problem, *state.layouts)
     if data is None:
         oracle.require_data(outer_data, inner_data)
     source = _Source(outer_data, inner_data, data, inner_steps, ranks)

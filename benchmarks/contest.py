@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import bilevel
-from benchmarks.problems import CASES, INNER, STEPS, outcome
+from benchmarks.problems import CASES, EVERY, INNER, STEPS, outcome
 from benchmarks.report import write
 from benchmarks.rivals import RIVALS
 from bilevel.presets import DEFAULT
@@ -87,7 +87,7 @@ def run(job: tuple[str, Cell, int]) -> dict[str, float]:
     """One run; what it ends at, and what it has cost."""
     name, cell, seed = job
     torch.set_num_threads(1)
-    case = CASES[name](seed)
+    case = EVERY[name](seed)
     if cell.method in OURS:
         return outcome(case, cell.method, STEPS, INNER, seed)
     if cell.method not in RIVALS:
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=EVERY, metavar="CASE")
     parser.add_argument("--no-rivals", action="store_true", help="tuned steps only")
     parser.add_argument("--name", default="contest", help="of the file that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count())

@@ -9,7 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -104,9 +104,10 @@ def solved(inner: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     return y.detach()
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Flat images and labels of the training and validation parts."""
-    data = load("digits")
+@cache
+def images_of(name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Flat images and labels of the training and validation parts; of MNIST 5,000 and 1,000."""
+    data = load(name, sizes=None if name == "digits" else (5000, 1000, 1000))
     train, validation = data.train, data.validation
     return (train[0].flatten(1), train[1]), (validation[0].flatten(1), validation[1])
 
@@ -173,9 +174,12 @@ def quadratic(seed: int, condition: float = 10.0, size: int = 64) -> Case:
     return Case(outer, inner, zeros, zeros.clone(), objective, data)
 
 
-def distillation(seed: int, size: int = 256, images: int = 10, decay: float = 1e-3) -> Case:
+def distillation(
+    seed: int, size: int = 256, images: int = 10, decay: float = 1e-3, name: str = "digits"
+) -> Case:
     """Learned images; a ridge-regularised logistic regression trained on them."""
-    train, _ = digits()
+    train, _ = images_of(name)
+    pixels = train[0].shape[1]
     labels = torch.arange(images) % 10
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
@@ -185,26 +189,27 @@ def distillation(seed: int, size: int = 256, images: int = 10, decay: float = 1e
         return F.cross_entropy(logits(y, batch[0]), batch[1])
 
     def objective(x: Tensor) -> float:
-        y = solved(lambda y: inner(x, y), torch.zeros(65, 10))
+        y = solved(lambda y: inner(x, y), torch.zeros(pixels + 1, 10))
         return float(outer(x, y, train))
 
-    start = torch.rand(images, 64, generator=torch.Generator().manual_seed(seed))
+    start = torch.rand(images, pixels, generator=torch.Generator().manual_seed(seed))
     return Case(
         outer,
         inner,
         start,
-        torch.zeros(65, 10),
+        torch.zeros(pixels + 1, 10),
         objective,
         {"outer_data": Shuffled(*train, size=size)},
     )
 
 
-def representation(seed: int, size: int = 128, decay: float = 1e-3) -> Case:
+def representation(seed: int, size: int = 128, decay: float = 1e-3, name: str = "digits") -> Case:
     """Features of a small network, a linear head on top of them, minibatches at both levels."""
-    train, validation = digits()
+    train, validation = images_of(name)
     g = torch.Generator().manual_seed(seed)
+    pixels = train[0].shape[1]
     x = {
-        "W1": torch.randn(64, 32, generator=g) / 8,
+        "W1": torch.randn(pixels, 32, generator=g) / pixels**0.5,
         "b1": torch.zeros(32),
         "W2": torch.randn(32, 16, generator=g) / 32**0.5,
         "b2": torch.zeros(16),
@@ -230,14 +235,17 @@ def representation(seed: int, size: int = 128, decay: float = 1e-3) -> Case:
     return Case(outer, inner, x, torch.zeros(17, 10), objective, data)
 
 
-def cleaning(seed: int, size: int = 100, corrupted: float = 0.5, decay: float = 0.02) -> Case:
-    """A weight per training example, of which half have a label drawn at random."""
-    train, validation = digits()
+def cleaning(
+    seed: int, size: int = 100, corrupted: float = 0.5, decay: float = 0.02, name: str = "digits"
+) -> Case:
+    """A weight per training example, of which some have a label drawn at random."""
+    train, validation = images_of(name)
     g = torch.Generator().manual_seed(seed)
     n = len(train[0])
     wrong = torch.rand(n, generator=g) < corrupted
     labels = torch.where(wrong, torch.randint(10, (n,), generator=g), train[1])
     index = torch.arange(n)
+    start = torch.zeros(train[0].shape[1] + 1, 10)
 
     def inner(x: Tensor, y: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         losses = F.cross_entropy(logits(y, batch[0]), batch[1], reduction="none")
@@ -247,11 +255,11 @@ def cleaning(seed: int, size: int = 100, corrupted: float = 0.5, decay: float = 
         return F.cross_entropy(logits(y, batch[0]), batch[1])
 
     def objective(x: Tensor) -> float:
-        y = solved(lambda y: inner(x, y, (train[0], labels, index)), torch.zeros(65, 10))
+        y = solved(lambda y: inner(x, y, (train[0], labels, index)), start)
         return float(outer(x, y, validation))
 
     data = {"outer_data": [validation], "inner_data": Shuffled(train[0], labels, index, size=size)}
-    return Case(outer, inner, torch.zeros(n), torch.zeros(65, 10), objective, data)
+    return Case(outer, inner, torch.zeros(n), start, objective, data)
 
 
 def regularization(seed: int, name: str = "breast-cancer", size: int | None = None) -> Case:
@@ -297,3 +305,12 @@ CASES: dict[str, Callable[[int], Case]] = {
     "quadratic, condition 1e2": lambda seed: exact(seed, 1e2),
     "quadratic, condition 1e4": lambda seed: exact(seed, 1e4),
 }
+
+# the same of 784 pixels, for whom MNIST is at hand and has more time
+MNIST: dict[str, Callable[[int], Case]] = {
+    "distillation, MNIST": lambda seed: distillation(seed, name="mnist"),
+    "hyper-representation, MNIST": lambda seed: representation(seed, name="mnist"),
+    "data cleaning, MNIST": lambda seed: cleaning(seed, name="mnist"),
+    "data cleaning, MNIST, 90 % wrong": lambda seed: cleaning(seed, corrupted=0.9, name="mnist"),
+}
+EVERY = {**CASES, **MNIST}

@@ -17,7 +17,7 @@ import torch
 
 import bilevel
 from benchmarks.contest import Cell
-from benchmarks.problems import CASES, INNER, STEPS, Case
+from benchmarks.problems import EVERY, INNER, STEPS, Case
 from benchmarks.report import write
 
 Watched = list[tuple[float, bilevel.Record]]
@@ -36,8 +36,8 @@ def watched(case: Case, method: str | bilevel.Method, seed: int) -> Watched:
 
 def race(case: str, name: str, cell: Cell, seed: int, batches: int | None) -> dict[str, float]:
     """One seed; infinite where the default never gets there."""
-    tuned = watched(CASES[case](seed), cell.fixed(batches), seed)
-    ours = watched(CASES[case](seed), name, seed)
+    tuned = watched(EVERY[case](seed), cell.fixed(batches), seed)
+    ours = watched(EVERY[case](seed), name, seed)
     target, last = tuned[-1]
     there = next((record for value, record in ours if value <= target), None)
     in_time = [value for value, record in ours if record.seconds <= last.seconds]

@@ -8,26 +8,23 @@ oracle: the two agree to rounding, counters included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
-from torch.func import grad_and_value
 
 from bilevel.average import Average
-from bilevel.compiled import second_derivatives
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
-from bilevel.linear import ConjugateGradient, Product, Solver
+from bilevel.linear import Solver
 from bilevel.method import Method, is_behind
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import NEAR, Armijo, Fixed, Moments, Polyak, Rule
-from bilevel.steps import envelope, polyak, schedule
+from bilevel.rules import Armijo, Moments
+from bilevel.traced import Counted, Run, Traced, move
 
 # what goes from one iteration to the next beside the vectors, as one vector of float64; a step
 # that there is not yet is NaN
@@ -41,11 +38,6 @@ COLUMNS = (
     *("outer_trials", "inner_trials", "inner_failures", "failed"),
     *("gradients", "hessian_products", "loss_evaluations"),
 )
-
-Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # size, last, trials, failed, evaluations
-Loss = Callable[[Tensor, Tensor], Tensor]
-Tensors = tuple[Tensor, ...]
-Phi = Callable[[Tensor], tuple[Tensor, "Tensor | int"]]  # t -> phi(t), evaluations of a loss
 
 
 @dataclass(frozen=True)
@@ -131,8 +123,8 @@ class Iterations:
         def of(j: Tensor | int) -> Draw:
             return self._draw(2, stacks, i * drawn + j)
 
-        hessian = [_Run(of, joined)] if self.joins else [of(j) for j in range(fixed)]
-        oracle = _Traced(self.oracle, hessian[0] if self.matrix else None)
+        hessian = [Run(of, joined)] if self.joins else [of(j) for j in range(fixed)]
+        oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
         # the inner steps
         def inner(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +135,7 @@ class Iterations:
             def phi(t: Tensor) -> tuple[Tensor, int]:
                 return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
 
-            found = _move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
+            found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
             size, last, more, failed, _ = found
             value = value.double() + 0 * spoiled  # NaN from the first on that is not finite
             tally = torch.stack([last, value, size, trials + more, failures + failed])
@@ -158,8 +150,8 @@ class Iterations:
             _, y, tally = while_loop(lambda t, y, tally: t < self.steps, inner, carry)
         inner_last_new, spoiled, beta, inner_trials, inner_failures = tally.unbind()
 
-        # the hypergradient; chunks lets Implicit alone pass, and _Traced stands in for its oracle
-        solver = _Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
+        # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
+        solver = Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
@@ -197,7 +189,7 @@ class Iterations:
             assert isinstance(trusted, Tensor)
             return torch.where(trusted, value, torch.inf), trusted + 2 * many
 
-        found = _move(rule, h.value, slope, phi, k, outer_last)
+        found = move(rule, h.value, slope, phi, k, outer_last)
         alpha, outer_last_new, outer_trials, failed, evaluations = found
         new_x, new_y, _ = reach(alpha)
         failed = failed > 0
@@ -274,7 +266,7 @@ def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tup
 
 
 def _corrected(
-    oracle: _Traced,
+    oracle: Traced,
     behind: Tensor,
     x: Tensor,
     y: Tensor,
@@ -286,7 +278,7 @@ def _corrected(
 
     def correct(go: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
         assert h.newton is not None
-        counted = _Counted(solver)
+        counted = Counted(solver)
         s = h.newton(counted)
         products = torch.zeros_like(counts[0]) + sum(counted.counts)
         best = oracle.value("inner", x, y, judge)
@@ -299,219 +291,3 @@ def _corrected(
         lambda go, y, counts: go.clone(), correct, (behind, y.clone(), nothing)
     )
     return y, counts[0], counts[1]
-
-
-def _move(rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor) -> Found:
-    """``rule`` along a line, as numbers of float64."""
-    nothing = torch.zeros((), dtype=torch.float64)
-    if isinstance(rule, Armijo):
-        return _search(rule, value, slope, phi, last)
-    if isinstance(rule, Fixed):
-        return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
-    assert isinstance(rule, Polyak)
-    upper: Any = last.nan_to_num(0.0) if rule.upper is None else nothing + rule.upper
-    lower: Any = rule.lower * upper if rule.upper is None else nothing + rule.lower
-    gap = value - rule.lower_bound
-    step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, rule.c)).double()
-    size = envelope(step, schedule(lower, k), schedule(upper, k))
-    return torch.where(slope < 0, size, 0.0), last, nothing, nothing, nothing
-
-
-def _search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) -> Found:
-    """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph."""
-    rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
-    value, slope = value.double(), slope.double()
-    sound = value.isfinite() & slope.isfinite()
-    descends = sound & (slope < 0)
-    allowed = rounding + rule.slack * value.abs()
-    first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
-    start = last * (rule.growth if rule.reset == "grow" else 1)
-    if rule.reset == "fixed":
-        start = torch.full_like(last, rule.initial)
-    else:
-        initial = (8 * rounding / -slope).clamp(rule.initial, rule.initial * NEAR)
-        start = torch.where(first, initial.log2().round().exp2(), start)
-    decrease = -slope * start
-    lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
-    far = lost & (decrease > 0)
-    start = torch.where(far, start * 8 * rounding / decrease, torch.where(lost, last, start))
-    brackets = growing = first & (rule.reset != "fixed")
-    nothing = torch.zeros_like(value)
-
-    def going(tally: Tensor) -> Tensor:
-        return tally[-1] == 0
-
-    def trial(tally: Tensor) -> tuple[Tensor]:
-        t, best, lowest, accepted, growing, far, left, trials, evaluations, _ = tally.unbind()
-        accepted, growing, far = accepted > 0, growing > 0, far > 0
-        seen, cost = phi(t)
-        seen = seen.double()
-        ok = seen.isfinite() & (seen <= value + rule.c * t * slope + allowed)
-        better = ok & (~accepted | (seen < lowest))
-        refused = ~ok & ~accepted
-        best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)
-        left = left - torch.where(far, 0.0, 1.0)
-        turns = accepted & ~better & growing & (best == start)  # up is worse: down from the start
-        done = (better & ~brackets) | (accepted & ~better & ~turns) | (left <= 0)
-        growing = growing & ~refused & ~turns
-        t = torch.where(turns, start, t)
-        t = torch.where(far & refused, last, torch.where(growing, 2.0 * t, 0.5 * t))
-        accepted, far = accepted | better, far & ~refused
-        new = [t, best, lowest, accepted, growing, far, left, trials + 1, evaluations + cost, done]
-        return (torch.stack([n.double() for n in new]),)
-
-    tally = [start, nothing, value, nothing, growing, far, nothing + rule.max_trials]
-    tally += [nothing, nothing, ~descends]
-    (found,) = while_loop(going, trial, (torch.stack([n.double() for n in tally]),))
-    _, best, _, accepted, _, _, _, trials, evaluations, _ = found.unbind()
-    size = torch.where(accepted > 0, best, 0.0)
-    failed = ~sound | (descends & (accepted == 0))
-    return size, torch.where(accepted > 0, best, last), trials, failed.double(), evaluations
-
-
-class _Run(Draw):
-    """Several draws as one, their number a tensor: ``of(j)`` for j < ``many``."""
-
-    def __init__(self, of: Callable[[Tensor], Draw], many: Tensor) -> None:
-        super().__init__()
-        self.of, self.many = of, many
-
-
-class _Traced:
-    """What an estimate asks of :class:`Oracle`, inside a graph and without counting; on the draw
-    ``whole``, g_yy is had as a matrix."""
-
-    def __init__(self, oracle: Oracle, whole: Draw | None) -> None:
-        self._oracle, self._whole = oracle, whole
-
-    def mean(
-        self, level: str, draw: Draw, function: Callable[[Loss], Tensors], zeros: Tensors
-    ) -> Tensors:
-        """What ``function`` makes of the loss on each of the draws, linear in the loss, averaged:
-        a loop of the graph, which is as large for many as for one."""
-
-        def on(draw: Draw) -> Tensors:
-            return function(partial(self._call, level, self._oracle._batch(level, draw)))
-
-        if not isinstance(draw, _Run):
-            return on(draw)
-
-        def add(j: Tensor, *sums: Tensor) -> Tensors:
-            return j + 1, *(a + b for a, b in zip(sums, on(draw.of(j)), strict=True))
-
-        first = torch.zeros((), dtype=torch.int64)
-        _, *sums = while_loop(lambda j, *sums: j < draw.many, add, (first, *zeros))
-        return tuple(total / draw.many for total in sums)
-
-    def _call(self, level: str, batch: tuple[Any, ...], x: Tensor, y: Tensor) -> Tensor:
-        return self._oracle.call(level, x, y, batch)
-
-    def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        return self.values(level, x, [y], draw)[0]
-
-    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
-        zeros = tuple(x.new_zeros(()) for _ in ys)
-        return list(self.mean(level, draw, lambda loss: tuple(loss(x, y) for y in ys), zeros))
-
-    def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        (fx, fy), value = grad_and_value(
-            partial(self._call, "outer", self._oracle._batch("outer", draw)), argnums=(0, 1)
-        )(x, y)
-        return value, fx, fy
-
-    def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        def function(loss: Loss) -> Tensors:
-            return grad_and_value(loss, argnums=1)(x, y)
-
-        gy, value = self.mean("inner", draw, function, (torch.zeros_like(y), y.new_zeros(())))
-        return value, gy
-
-    def record(self, x: Tensor, y: Tensor, draw: Draw) -> _TracedProducts:
-        if draw is not self._whole:
-            return _TracedProducts(self, (x, y), draw, *self.inner_gradient(x, y, draw))
-        unit = torch.eye(len(y), dtype=y.dtype)
-
-        def function(loss: Loss) -> Tensors:
-            gy, value = grad_and_value(loss, argnums=1)(x, y)
-            product = second_derivatives(lambda x, y, batch: loss(x, y))["product"]
-            return gy, value, torch.func.vmap(lambda u: product(x, y, u, ()))(unit)
-
-        zeros = (torch.zeros_like(y), y.new_zeros(()), torch.zeros_like(unit))
-        gy, value, hessian = self.mean("inner", draw, function, zeros)
-        # made only now: torch 2.13 forgets what objects from before a vmap in a loop are given
-        return _TracedProducts(self, (x, y), draw, value, gy, hessian)
-
-    def joint(self, draws: Sequence[Draw]) -> Draw:
-        return draws[0]  # which is one already
-
-    def project(self, x: Tensor) -> Tensor:
-        return x
-
-
-@dataclass
-class _TracedProducts:
-    """:class:`bilevel.problem.Products` in a graph; each product linearises anew, or is one with
-    the matrix, which spares many small operations."""
-
-    oracle: _Traced
-    point: tuple[Tensor, Tensor]
-    draw: Draw
-    value: Tensor
-    gradient: Tensor
-    hessian: Tensor | None = None
-
-    def _apply(self, name: str, u: Tensor, *like: Tensor) -> Tensors:
-        def function(loss: Loss) -> Tensors:
-            functions = second_derivatives(lambda x, y, batch: loss(x, y))
-            found = functions[name](*self.point, u, ())
-            return found if isinstance(found, tuple) else (found,)
-
-        zeros = tuple(torch.zeros_like(t) for t in like)
-        return self.oracle.mean("inner", self.draw, function, zeros)
-
-    def product(self, u: Tensor) -> Tensor:
-        return self._apply("product", u, u)[0] if self.hessian is None else self.hessian @ u
-
-    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        gxy, gyy = self._apply("both", u, *self.point)
-        return gxy, gyy
-
-    def forward(self, d: Tensor) -> Tensor:
-        return self._apply("forward", d, self.point[1])[0]
-
-
-class _Counted:
-    """A solver with its products counted; conjugate gradients as a loop of the graph."""
-
-    def __init__(self, solver: Solver) -> None:
-        self.solver = solver
-        self.counts: list[Tensor | int] = []
-
-    @property
-    def warm_start(self) -> bool:
-        return getattr(self.solver, "warm_start", False)
-
-    def __call__(self, product: Product, b: Tensor, q0: Tensor | None) -> Tensor:
-        solver = self.solver
-        if not isinstance(solver, ConjugateGradient):
-
-            def counted(u: Tensor, *index: int) -> Tensor:
-                self.counts.append(1)
-                return product(u, *index)
-
-            return solver(counted, b, q0)
-
-        def going(i: Tensor, *state: Tensor) -> Tensor:
-            return (i < solver.steps) & state[-1]
-
-        def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            return i + 1, *solver.advance(product, enough, state)
-
-        enough, begun = solver.begin(product, b, q0)
-        state = [part.clone() for part in begun]
-        if solver.steps == 1:  # a loop costs more than its only step
-            steps, (q, *_) = state[-1].long(), solver.advance(product, enough, tuple(state))
-        else:
-            steps, q, *_ = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
-        self.counts.append(steps + int(q0 is not None))
-        return q

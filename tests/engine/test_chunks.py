@@ -16,6 +16,7 @@ from bilevel.layout import Layout
 from bilevel.linear import ConjugateGradient, Neumann
 from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
+from bilevel.traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
 
@@ -198,6 +199,6 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
     h = Estimate(*(None,) * 8, newton=lambda *solver: s.clone())
     plain = corrected(oracle, x, y, h, Draw()) if go else y
     given = (x, y, h, Draw(), ConjugateGradient())
-    found, _, looks = graph._corrected(graph._Traced(oracle, None), torch.tensor(go), *given)
+    found, _, looks = graph._corrected(Traced(oracle, None), torch.tensor(go), *given)
     assert torch.equal(found, plain)
     assert looks == (oracle.cost.loss_evaluations if go else 0)

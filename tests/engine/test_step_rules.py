@@ -224,14 +224,14 @@ def test_first_search_starts_where_something_can_be_seen(dtype):
     ("initial", "curvature"), [(1e3, 1 / 3), (1e-3, 1e-5), (1.0, 0.9), (2.0, 0.1)]
 )
 def test_first_search_brackets_the_same_in_a_graph(initial, curvature):
-    from bilevel.graph import _search
+    from bilevel.traced import search
 
     def phi(s):
         return 1 - s + curvature * s**1.5, 1
 
     rule = Armijo(initial, c=0.1)
     plain = rule(Line(t(1.0), t(-1.0), lambda s: phi(t(s))[0]), 0, None)
-    size, last, trials, failed, looks = map(float, _search(rule, t(1.0), t(-1.0), phi, t(math.nan)))
+    size, last, trials, failed, looks = map(float, search(rule, t(1.0), t(-1.0), phi, t(math.nan)))
     assert (size, last, int(trials), bool(failed)) == (*plain[:3], plain.failed)
     assert looks == plain.trials
 

@@ -1,0 +1,244 @@
+"""What stands in for the oracle, the solvers and the step-size rules inside a graph.
+
+Each answers as its plain form does, without counting and without looking at the host; loops are
+loops of the graph. :mod:`bilevel.graph` makes an iteration of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+from torch.func import grad_and_value
+
+from bilevel.compiled import second_derivatives
+from bilevel.linear import ConjugateGradient, Product, Solver
+from bilevel.problem import Draw, Oracle
+from bilevel.rules import NEAR, Armijo, Fixed, Polyak, Rule
+from bilevel.steps import envelope, polyak, schedule
+
+Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # size, last, trials, failed, evaluations
+Loss = Callable[[Tensor, Tensor], Tensor]
+Tensors = tuple[Tensor, ...]
+Phi = Callable[[Tensor], tuple[Tensor, "Tensor | int"]]  # t -> phi(t), evaluations of a loss
+
+
+class Run(Draw):
+    """Several draws as one, their number a tensor: ``of(j)`` for j < ``many``."""
+
+    def __init__(self, of: Callable[[Tensor], Draw], many: Tensor) -> None:
+        super().__init__()
+        self.of, self.many = of, many
+
+
+class Traced:
+    """What an estimate asks of :class:`Oracle`, inside a graph and without counting; on the draw
+    ``whole``, g_yy is had as a matrix."""
+
+    def __init__(self, oracle: Oracle, whole: Draw | None) -> None:
+        self._oracle, self._whole = oracle, whole
+
+    def mean(
+        self, level: str, draw: Draw, function: Callable[[Loss], Tensors], zeros: Tensors
+    ) -> Tensors:
+        """What ``function`` makes of the loss on each of the draws, linear in the loss, averaged:
+        a loop of the graph, which is as large for many as for one."""
+
+        def on(draw: Draw) -> Tensors:
+            return function(partial(self._call, level, self._oracle._batch(level, draw)))
+
+        if not isinstance(draw, Run):
+            return on(draw)
+
+        def add(j: Tensor, *sums: Tensor) -> Tensors:
+            return j + 1, *(a + b for a, b in zip(sums, on(draw.of(j)), strict=True))
+
+        first = torch.zeros((), dtype=torch.int64)
+        _, *sums = while_loop(lambda j, *sums: j < draw.many, add, (first, *zeros))
+        return tuple(total / draw.many for total in sums)
+
+    def _call(self, level: str, batch: tuple[Any, ...], x: Tensor, y: Tensor) -> Tensor:
+        return self._oracle.call(level, x, y, batch)
+
+    def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        return self.values(level, x, [y], draw)[0]
+
+    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
+        zeros = tuple(x.new_zeros(()) for _ in ys)
+        return list(self.mean(level, draw, lambda loss: tuple(loss(x, y) for y in ys), zeros))
+
+    def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        (fx, fy), value = grad_and_value(
+            partial(self._call, "outer", self._oracle._batch("outer", draw)), argnums=(0, 1)
+        )(x, y)
+        return value, fx, fy
+
+    def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        def function(loss: Loss) -> Tensors:
+            return grad_and_value(loss, argnums=1)(x, y)
+
+        gy, value = self.mean("inner", draw, function, (torch.zeros_like(y), y.new_zeros(())))
+        return value, gy
+
+    def record(self, x: Tensor, y: Tensor, draw: Draw) -> TracedProducts:
+        if draw is not self._whole:
+            return TracedProducts(self, (x, y), draw, *self.inner_gradient(x, y, draw))
+        unit = torch.eye(len(y), dtype=y.dtype)
+
+        def function(loss: Loss) -> Tensors:
+            gy, value = grad_and_value(loss, argnums=1)(x, y)
+            product = second_derivatives(lambda x, y, batch: loss(x, y))["product"]
+            return gy, value, torch.func.vmap(lambda u: product(x, y, u, ()))(unit)
+
+        zeros = (torch.zeros_like(y), y.new_zeros(()), torch.zeros_like(unit))
+        gy, value, hessian = self.mean("inner", draw, function, zeros)
+        # made only now: torch 2.13 forgets what objects from before a vmap in a loop are given
+        return TracedProducts(self, (x, y), draw, value, gy, hessian)
+
+    def joint(self, draws: Sequence[Draw]) -> Draw:
+        return draws[0]  # which is one already
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass
+class TracedProducts:
+    """:class:`bilevel.problem.Products` in a graph; each product linearises anew, or is one with
+    the matrix, which spares many small operations."""
+
+    oracle: Traced
+    point: tuple[Tensor, Tensor]
+    draw: Draw
+    value: Tensor
+    gradient: Tensor
+    hessian: Tensor | None = None
+
+    def _apply(self, name: str, u: Tensor, *like: Tensor) -> Tensors:
+        def function(loss: Loss) -> Tensors:
+            functions = second_derivatives(lambda x, y, batch: loss(x, y))
+            found = functions[name](*self.point, u, ())
+            return found if isinstance(found, tuple) else (found,)
+
+        zeros = tuple(torch.zeros_like(t) for t in like)
+        return self.oracle.mean("inner", self.draw, function, zeros)
+
+    def product(self, u: Tensor) -> Tensor:
+        return self._apply("product", u, u)[0] if self.hessian is None else self.hessian @ u
+
+    def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        gxy, gyy = self._apply("both", u, *self.point)
+        return gxy, gyy
+
+    def forward(self, d: Tensor) -> Tensor:
+        return self._apply("forward", d, self.point[1])[0]
+
+
+class Counted:
+    """A solver with its products counted; conjugate gradients as a loop of the graph."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver = solver
+        self.counts: list[Tensor | int] = []
+
+    @property
+    def warm_start(self) -> bool:
+        return getattr(self.solver, "warm_start", False)
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None) -> Tensor:
+        solver = self.solver
+        if not isinstance(solver, ConjugateGradient):
+
+            def counted(u: Tensor, *index: int) -> Tensor:
+                self.counts.append(1)
+                return product(u, *index)
+
+            return solver(counted, b, q0)
+
+        def going(i: Tensor, *state: Tensor) -> Tensor:
+            return (i < solver.steps) & state[-1]
+
+        def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return i + 1, *solver.advance(product, enough, state)
+
+        enough, begun = solver.begin(product, b, q0)
+        state = [part.clone() for part in begun]
+        if solver.steps == 1:  # a loop costs more than its only step
+            steps, (q, *_) = state[-1].long(), solver.advance(product, enough, tuple(state))
+        else:
+            steps, q, *_ = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
+        self.counts.append(steps + int(q0 is not None))
+        return q
+
+
+def move(rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor) -> Found:
+    """``rule`` along a line, as numbers of float64."""
+    nothing = torch.zeros((), dtype=torch.float64)
+    if isinstance(rule, Armijo):
+        return search(rule, value, slope, phi, last)
+    if isinstance(rule, Fixed):
+        return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
+    assert isinstance(rule, Polyak)
+    upper: Any = last.nan_to_num(0.0) if rule.upper is None else nothing + rule.upper
+    lower: Any = rule.lower * upper if rule.upper is None else nothing + rule.lower
+    gap = value - rule.lower_bound
+    step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, rule.c)).double()
+    size = envelope(step, schedule(lower, k), schedule(upper, k))
+    return torch.where(slope < 0, size, 0.0), last, nothing, nothing, nothing
+
+
+def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) -> Found:
+    """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph."""
+    rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
+    value, slope = value.double(), slope.double()
+    sound = value.isfinite() & slope.isfinite()
+    descends = sound & (slope < 0)
+    allowed = rounding + rule.slack * value.abs()
+    first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
+    start = last * (rule.growth if rule.reset == "grow" else 1)
+    if rule.reset == "fixed":
+        start = torch.full_like(last, rule.initial)
+    else:
+        initial = (8 * rounding / -slope).clamp(rule.initial, rule.initial * NEAR)
+        start = torch.where(first, initial.log2().round().exp2(), start)
+    decrease = -slope * start
+    lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
+    far = lost & (decrease > 0)
+    start = torch.where(far, start * 8 * rounding / decrease, torch.where(lost, last, start))
+    brackets = growing = first & (rule.reset != "fixed")
+    nothing = torch.zeros_like(value)
+
+    def going(tally: Tensor) -> Tensor:
+        return tally[-1] == 0
+
+    def trial(tally: Tensor) -> tuple[Tensor]:
+        t, best, lowest, accepted, growing, far, left, trials, evaluations, _ = tally.unbind()
+        accepted, growing, far = accepted > 0, growing > 0, far > 0
+        seen, cost = phi(t)
+        seen = seen.double()
+        ok = seen.isfinite() & (seen <= value + rule.c * t * slope + allowed)
+        better = ok & (~accepted | (seen < lowest))
+        refused = ~ok & ~accepted
+        best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)
+        left = left - torch.where(far, 0.0, 1.0)
+        turns = accepted & ~better & growing & (best == start)  # up is worse: down from the start
+        done = (better & ~brackets) | (accepted & ~better & ~turns) | (left <= 0)
+        growing = growing & ~refused & ~turns
+        t = torch.where(turns, start, t)
+        t = torch.where(far & refused, last, torch.where(growing, 2.0 * t, 0.5 * t))
+        accepted, far = accepted | better, far & ~refused
+        new = [t, best, lowest, accepted, growing, far, left, trials + 1, evaluations + cost, done]
+        return (torch.stack([n.double() for n in new]),)
+
+    tally = [start, nothing, value, nothing, growing, far, nothing + rule.max_trials]
+    tally += [nothing, nothing, ~descends]
+    (found,) = while_loop(going, trial, (torch.stack([n.double() for n in tally]),))
+    _, best, _, accepted, _, _, _, trials, evaluations, _ = found.unbind()
+    size = torch.where(accepted > 0, best, 0.0)
+    failed = ~sound | (descends & (accepted == 0))
+    return size, torch.where(accepted > 0, best, last), trials, failed.double(), evaluations

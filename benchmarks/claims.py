@@ -80,8 +80,8 @@ def run(job: Job) -> dict[str, Any]:
     # the iterate: the average of the iterates is an answer of its own
     x = result.state.layouts[0].export(result.state.vectors[0])
     return {
-        "iterate": case.value(x),
-        "objective": case.value(result.x),
+        "iterate": case.value(x, result.state.vectors[1]),
+        "objective": case.value(result.x, result.y),
         "trials": statistics.mean(r.outer_trials for r in result.history),
         "sizes": [r.outer_step for r in result.history],
     }

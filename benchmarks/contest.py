@@ -97,7 +97,7 @@ def run(job: tuple[str, Cell, int]) -> dict[str, float]:
     count = STEPS * (INNER if cell.method in SINGLE_LOOP else 1)
     ended = rival.run(case, steps=count, inner_steps=INNER, seed=seed, **steps)
     return {
-        "objective": case.value(ended.x),
+        "objective": case.value(ended.x, ended.y),
         "gradients": ended.cost.gradients,
         "products": ended.cost.hessian_products,
         "seconds": ended.seconds,

@@ -28,7 +28,7 @@ def watched(case: Case, method: str | bilevel.Method, seed: int) -> Watched:
     seen: Watched = []
 
     def look(state: bilevel.State, record: bilevel.Record) -> None:
-        seen.append((case.value(state.x), record))
+        seen.append((case.value(state.x, state.y), record))
 
     case.solve(method, steps=STEPS, inner_steps=INNER, seed=seed, callback=look)
     return seen

@@ -23,7 +23,7 @@ from bilevel.rules import Moments
 if TYPE_CHECKING:
     from bilevel.method import State
 
-VERSION = 3
+VERSION = 4
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
@@ -180,6 +180,7 @@ def pack(state: State, history: list[Record]) -> dict[str, Any]:
         "seconds": state.seconds,
         "failures": state.failures,
         "noise": list(state.noise),
+        "concave": state.concave,
         "history": [record.asdict() for record in history],
     }
 
@@ -216,5 +217,6 @@ def unpack(content: dict[str, Any], state: State) -> tuple[State, list[Record]]:
         seconds=content["seconds"],
         failures=content["failures"],
         noise=Noise(*content["noise"]),
+        concave=content["concave"],
     )
     return restored, [Record(**record) for record in content["history"]]

@@ -17,7 +17,7 @@ from bilevel.average import Average
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import ConjugateGradient, StochasticNeumann
+from bilevel.linear import CONCAVE, ConjugateGradient, StochasticNeumann
 from bilevel.method import Method, State, _failure
 from bilevel.noise import MOST, Noise, settles
 from bilevel.problem import Cost, Oracle, Problem, is_small
@@ -36,6 +36,8 @@ OPTIONS = {
 }
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
+
+BENT = "the inner loss is concave in places, where linear systems are solved otherwise"
 
 Batches = tuple[Any, list[Any], "list[Any] | None"]  # outer, inner, Hessian
 
@@ -89,6 +91,8 @@ class Chunks:
 
     def __call__(self, state: State, batches: Batches, limit: int) -> tuple[State, list[Record]]:
         """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
+        if self.usable and state.concave > CONCAVE:
+            self._refuse(BENT)
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
@@ -200,6 +204,9 @@ class Chunks:
                 break
             drawn.append(tensors)
         outcome = self._run(ready, state, joined.many, drawn)
+        if outcome and not outcome[0]:
+            self._refuse(BENT)
+            outcome = None
         taken = int(outcome[0]) if outcome else 1
         if taken < asked:  # the source must not be ahead of the state
             self.source.load_state_dict(position[0])
@@ -221,9 +228,9 @@ class Chunks:
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
-        noise = state.noise.level, state.noise.terms
+        known = state.noise.level, state.noise.terms, state.concave
         scalars = torch.tensor(
-            [state.k, *lasts, moments.n, terms, gain, state.failures, *noise], dtype=torch.float64
+            [state.k, *lasts, moments.n, terms, gain, state.failures, *known], dtype=torch.float64
         )
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
@@ -244,7 +251,8 @@ class Chunks:
         from bilevel.graph import COLUMNS, SCALARS
 
         _, _, rows, scalars, x, y, q, *rest = outcome
-        k, outer_last, inner_last, n, terms, gain, failures, *noise = scalars.tolist()
+        k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.tolist()
+        noise, noises, concave = known
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
@@ -295,7 +303,8 @@ class Chunks:
             cost,
             state.seconds + spent,
             int(failures),
-            Noise(state.noise.batches, noise[0], int(noise[1])).settle(int(k) - 1),
+            Noise(state.noise.batches, noise, int(noises)).settle(int(k) - 1),
+            concave,
         )
         return new, records
 

@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
-from bilevel.linear import Solver
+from bilevel.linear import CONCAVE
 from bilevel.method import Method, is_behind
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
@@ -30,13 +30,13 @@ from bilevel.traced import Counted, Run, Traced, move
 # that there is not yet is NaN
 SCALARS = (
     *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
-    *("noise", "noises"),
+    *("noise", "noises", "concave"),
 )
 # what is reported of each, as one row of float64
 COLUMNS = (
     *("value", "inner_value", "norm", "outer_step", "inner_step", "residual", "finite"),
     *("outer_trials", "inner_trials", "inner_failures", "failed"),
-    *("gradients", "hessian_products", "loss_evaluations"),
+    *("gradients", "hessian_products", "loss_evaluations", "concave"),
 )
 
 
@@ -91,7 +91,11 @@ class Iterations:
             failed, numbers = cells["failed"] > 0, cells["finite"] > 0
             go = numbers & (failures < most_failures) & (failed | (cells["norm"] > tol))
             rows = rows.index_copy(0, i[None], torch.stack(row)[None])
-            return i + 1, go, rows, new_scalars, *new_vectors
+            # where g is concave, the systems are solved otherwise than here: not taken
+            fits = cells["concave"] <= CONCAVE
+            state = zip((new_scalars, *new_vectors), (scalars, *vectors), strict=True)
+            kept = (torch.where(fits, new, old) for new, old in state)
+            return i + fits, go & fits, rows, *kept
 
         rows = torch.zeros(self.slots, len(COLUMNS), dtype=torch.float64)
         state = (torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), rows)
@@ -114,7 +118,8 @@ class Iterations:
         vectors: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, before, q, *rest = vectors
-        k, outer_last, inner_last, n, terms, gain, failures, noise, noises = scalars.unbind()
+        k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
+        noise, noises, concave = known
         outer = self._draw(0, stacks, i)
         fixed = max(1, self.counts[1])
         drawn = joined + int(self.watches) if self.joins else fixed
@@ -151,7 +156,7 @@ class Iterations:
         inner_last_new, spoiled, beta, inner_trials, inner_failures = tally.unbind()
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
-        solver = Counted(self.method.hypergradient.solver)  # type: ignore[attr-defined]
+        solver = Counted(self.method.hypergradient.solver, concave)  # type: ignore[attr-defined]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
@@ -203,10 +208,11 @@ class Iterations:
             assert here is not None and there is not None
             behind = is_behind(here.double(), there.double(), alpha * slope.double().abs())
             judge = self._draw(1, stacks, i * self.counts[0])
-            new_y, products, looks = _corrected(
-                oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver.solver
+            new_y, products, looks, concave_new = _corrected(
+                oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver
             )
             solver.counts.append(products)
+            solver.concave.append(concave_new)
             evaluations = evaluations + looks
         kept = [torch.where(failed, x, new_x), torch.where(failed, y, new_y), h.q]
         if self.moments:
@@ -236,6 +242,7 @@ class Iterations:
                 torch.where(finite & failed, failures + 1, 0.0),
                 torch.where(finite, noise_new, noise),
                 torch.where(finite, noises_new, noises),
+                torch.where(finite, solver.concave[-1].double(), concave),
             ]
         )
         row = {
@@ -253,6 +260,7 @@ class Iterations:
             "gradients": nothing + self.steps + 1 + many + int(self.watches),
             "hessian_products": many * sum(solver.counts, nothing) + int(self.watches),
             "loss_evaluations": inner_trials + evaluations + int(self.averaged),
+            "concave": solver.concave[-1],
         }
         return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
 
@@ -272,22 +280,22 @@ def _corrected(
     y: Tensor,
     h: Estimate,
     judge: Draw,
-    solver: Solver,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`bilevel.method.corrected` where y is behind: y, products and evaluations."""
+    solver: Counted,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`bilevel.method.corrected` where y is behind: y, products, evaluations, concavity."""
 
     def correct(go: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
         assert h.newton is not None
-        counted = Counted(solver)
-        s = h.newton(counted)
+        counted = Counted(solver.solver, counts[2])
+        s, _ = h.newton(counted)
         products = torch.zeros_like(counts[0]) + sum(counted.counts)
         best = oracle.value("inner", x, y, judge)
         whole, quarter = (oracle.value("inner", x, y + t * s, judge) < best for t in (1.0, 0.25))
         nearer = torch.where(whole, y + s, torch.where(quarter, y + 0.25 * s, y))
-        return ~go, nearer, torch.stack([products, torch.where(whole, 2.0, 3.0).double()])
+        looks = torch.where(whole, 2.0, 3.0).double()
+        return ~go, nearer, torch.stack([products, looks, counted.concave[-1].double()])
 
-    nothing = torch.zeros(2, dtype=torch.float64)
-    _, y, counts = while_loop(
-        lambda go, y, counts: go.clone(), correct, (behind, y.clone(), nothing)
-    )
-    return y, counts[0], counts[1]
+    nothing = torch.zeros((), dtype=torch.float64)
+    begun = torch.stack([nothing, nothing, solver.concave[-1].double()])
+    _, y, counts = while_loop(lambda go, y, counts: go.clone(), correct, (behind, y.clone(), begun))
+    return y, *counts.unbind()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bilevel import require
-from bilevel.linear import PRODUCTS, Neumann, Solver, curvature, solved
+from bilevel.linear import PRODUCTS, Concave, Neumann, Solver, curvature, watched
 from bilevel.problem import Draw, Oracle, Products
 
 # (t, x + t d) -> y(t), and whether it can be trusted
@@ -51,8 +51,11 @@ class Estimate:
         q: solution of that system, to go on from.   respond: see :data:`Respond`.
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
             has no solution to be behind of.
-        newton: () -> s with g_yy s = -g_y, on the way to y*(x); takes another solver, too.
+        newton: () -> s with g_yy s = -g_y, on the way to y*(x), and ``concave``; takes another
+            solver, too.
         elsewhere: another draw -> <q, g_yy q> there over <q, g_yy q> here, less one; lag there.
+        concave: largest |negative curvature| of g seen, over its largest curvature; the system
+            of ``respond`` adds to what is known.
     """
 
     grad: Tensor
@@ -63,8 +66,9 @@ class Estimate:
     q: Tensor | None
     respond: Respond
     lag: Tensor | None = None
-    newton: Callable[..., Tensor] | None = None
+    newton: Callable[..., tuple[Tensor, Concave]] | None = None
     elsewhere: Callable[[Draw], tuple[Tensor, Tensor]] | None = None
+    concave: Concave = 0.0
 
 
 class Hypergradient(Protocol):
@@ -72,7 +76,8 @@ class Hypergradient(Protocol):
 
     ``keep`` says what is to be kept of each inner step of the window: nothing, its start point,
     or also its graph. ``batches``: independent inner batches wanted beside those of the steps;
-    'auto': as many as :class:`bilevel.noise.Noise` says.
+    'auto': as many as :class:`bilevel.noise.Noise` says. ``estimate`` is given, of the estimate
+    before, ``q`` and ``concave``.
     """
 
     @property
@@ -91,6 +96,7 @@ class Hypergradient(Protocol):
         inner: Sequence[Draw],
         path: Sequence[InnerStep],
         q0: Tensor | None,
+        concave: Concave = 0.0,
     ) -> Estimate: ...
 
 
@@ -149,6 +155,7 @@ class Implicit:
         inner: Sequence[Draw],
         path: Sequence[InnerStep],
         q0: Tensor | None,
+        concave: Concave = 0.0,
     ) -> Estimate:
         del path
         value, fx, fy = oracle.outer_gradients(x, y, outer)
@@ -164,7 +171,7 @@ class Implicit:
             return others[j].product(u)
 
         guess = q0 if getattr(self.solver, "warm_start", False) else None
-        q = solved(self.solver, product, fy, guess)
+        q, concave = watched(self.solver, product, fy, guess, concave)
         gxy_q, gyy_q = pull.both(q)
         norm = torch.linalg.vector_norm(fy)
         error = torch.linalg.vector_norm(gyy_q - fy)
@@ -174,7 +181,7 @@ class Implicit:
 
         def respond(d: Tensor) -> tuple[Tensor, Follow]:
             c = -pull.forward(d)
-            w = solved(self.solver, product, c)
+            w, out.concave = watched(self.solver, product, c, None, out.concave)
             # <f_y, w> and <q, c> are the same number but for the errors of the two solves; the
             # smallest change of w, in the norm of g_yy, that makes them agree lies along q
             w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
@@ -191,8 +198,8 @@ class Implicit:
 
             return torch.dot(fx, d) + torch.dot(fy, w), follow
 
-        def newton(solver: Solver = self.solver) -> Tensor:
-            return solved(solver, product, -pull.gradient)
+        def newton(solver: Solver = self.solver) -> tuple[Tensor, Concave]:
+            return watched(solver, product, -pull.gradient, None, out.concave)
 
         def elsewhere(other: Draw) -> tuple[Tensor, Tensor]:
             there, here = self._pullback(oracle, x, y, other), torch.dot(q, gyy_q)
@@ -200,9 +207,11 @@ class Implicit:
             return torch.where(here > 0, excess, torch.nan), torch.dot(q, there.gradient)
 
         lag = torch.dot(q, pull.gradient)
-        return Estimate(
-            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, elsewhere
+        out = Estimate(
+            *(fx - gxy_q, fx, value, pull.value, residual, q, respond),
+            *(lag, newton, elsewhere, concave),
         )
+        return out
 
 
 @dataclass(frozen=True)
@@ -322,8 +331,9 @@ class Unrolled:
         inner: Sequence[Draw],
         path: Sequence[InnerStep],
         q0: Tensor | None,
+        concave: Concave = 0.0,
     ) -> Estimate:
-        del inner, q0
+        del inner, q0, concave
         value, direct, adjoint = oracle.outer_gradients(x, y, outer)
         grad = direct
         inner_value = None

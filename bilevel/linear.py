@@ -24,11 +24,26 @@ Solver = Callable[[Product, Tensor, "Tensor | None"], Tensor]
 
 
 PRODUCTS = ", which counts products with the Hessian, such as 10"
+Concave = float | Tensor  # largest |negative curvature| seen, over the largest curvature
+CONCAVE = 1e-4  # of it is more than rounding
+FLOOR = 1e-2  # share of the largest curvature that is told from nothing where g is concave, too
 
 
 def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
     """What the solver returns, if that can be a solution."""
-    q = solver(product, b, q0)
+    return watched(solver, product, b, q0)[0]
+
+
+def watched(
+    solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None, concave: Concave = 0.0
+) -> tuple[Tensor, Concave]:
+    """The same, and how concave the inner loss has been seen by then, which conjugate gradients can
+    tell: see :meth:`ConjugateGradient.watched`."""
+    cg = ConjugateGradient
+    if isinstance(solver, cg) and type(solver).__call__ is cg.__call__:  # not a subclass's own
+        q, concave = solver.watched(product, b, q0, concave)
+    else:
+        q = solver(product, b, q0)
     if not isinstance(q, Tensor) or q.shape != b.shape or q.dtype != b.dtype:
         got = f"{tuple(q.shape)} of {q.dtype}" if isinstance(q, Tensor) else require.shown(q)
         raise require.told(
@@ -36,7 +51,7 @@ def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None
             f"the linear solver {require.shown(solver)} returned {got}, but the right side has "
             f"shape {tuple(b.shape)} of {b.dtype}; return a q of that shape and type.",
         )
-    return q
+    return q, concave
 
 
 def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
@@ -48,27 +63,46 @@ def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
     """
     # a direction that b lacks comes back with rounding, and would grow: look at all of them
     everywhere = torch.arange(b.numel(), dtype=torch.float64, device=b.device).square().cos().to(b)
-    start = b / _norm(b) + everywhere / (2 * _norm(everywhere))
-    basis, alphas, betas = [start / _norm(start)], [], []
+    lanczos = Lanczos(product, b / _norm(b) + everywhere / (2 * _norm(everywhere)))
     for _ in range(min(products, b.numel())):
-        v = product(basis[-1])
-        alphas.append(torch.dot(basis[-1], v))
-        noise = 8 * torch.finfo(b.dtype).eps * torch.linalg.vector_norm(v)
-        Q = torch.stack(basis)
+        lanczos.advance()
+    ritz, vectors = lanczos.ritz()
+    bounds = ritz.abs() + lanczos.betas[-1] * vectors[-1].abs()
+    return bounds.max()
+
+
+class Lanczos:
+    """An orthonormal basis of the Krylov space of g_yy and a vector, reorthogonalised in full, in
+    which g_yy is tridiagonal. Holds a vector for each product."""
+
+    def __init__(self, product: Product, start: Tensor) -> None:
+        self.product = product
+        self.basis = [start / _norm(start)]  # one more than there were products
+        self.alphas: list[Tensor] = []
+        self.betas: list[Tensor] = []
+
+    def advance(self) -> None:
+        v = self.product(self.basis[-1])
+        self.alphas.append(torch.dot(self.basis[-1], v))
+        noise = 8 * torch.finfo(v.dtype).eps * torch.linalg.vector_norm(v)
+        Q = torch.stack(self.basis)
         for _ in range(2):  # twice is enough, once is not
             v = v - Q.T @ (Q @ v)
         beta = torch.linalg.vector_norm(v)
         # where the Krylov space is exhausted, what is left is rounding without a direction
-        betas.append(torch.where(beta > noise, beta, 0.0))
-        basis.append(torch.where(beta > noise, v / _norm(v), 0.0))
-    T = torch.diag(torch.stack(alphas))
-    if len(betas) > 1:
-        off = torch.stack(betas[:-1])
-        T = T + torch.diag(off, 1) + torch.diag(off, -1)
-    # a product that overflowed must come out as a number, not as an exception from the deep
-    ritz, vectors = torch.linalg.eigh(torch.nan_to_num(T))
-    bounds = ritz.abs() + betas[-1] * vectors[-1].abs()
-    return bounds.max()
+        self.betas.append(torch.where(beta > noise, beta, 0.0))
+        self.basis.append(torch.where(beta > noise, v / _norm(v), 0.0))
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors, in the basis, of the tridiagonal matrix."""
+        T = torch.diag(torch.stack(self.alphas))
+        if len(self.betas) > 1:
+            off = torch.stack(self.betas[:-1])
+            T = T + torch.diag(off, 1) + torch.diag(off, -1)
+        # a product that overflowed must come out as a number, not as an exception from the deep
+        wide = torch.promote_types(T.dtype, torch.float32)  # there is none in half precision
+        values, vectors = torch.linalg.eigh(torch.nan_to_num(T).to(wide))
+        return values.to(T.dtype), vectors.to(T.dtype)
 
 
 def _norm(v: Tensor) -> Tensor:
@@ -186,15 +220,20 @@ class ConjugateGradient:
 
     The error in the norm of g_yy falls at least like 2 ((sqrt k - 1)/(sqrt k + 1))^steps, with k
     the condition number. It stops, with the last iterate, at a relative residual of ``rtol``, at
-    a zero residual, at a direction of no or negative curvature (an indefinite Hessian), and where
-    a step is below rounding.
+    a zero residual, at a direction of no curvature, and where a step is below rounding.
+
+    A g_yy with negative eigenvalues, as of a network on its way, has no argmin to differentiate,
+    and steps of 1 / (curvature) end in nonsense where the curvature passes through zero. There
+    q = |g_yy|^{-1} b instead, its eigenvalues no less than a hundredth of the largest: by the
+    method of Lanczos, with as many products and a vector held for each.
 
     Args:
         steps: products at most, >= 1.
         rtol: relative residual that is enough after the first step, in [0, 1).
         warm_start: go on from the solution of the previous iteration where a method has one.
 
-    Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here.
+    Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here; Dauphin et al. 2014
+    (saddle-free Newton) for the absolute value.
     """
 
     steps: int = 20
@@ -208,42 +247,91 @@ class ConjugateGradient:
         require.flag("ConjugateGradient", "warm_start", self.warm_start)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        return self.watched(product, b, q0)[0]
+
+    def watched(
+        self, product: Product, b: Tensor, q0: Tensor | None = None, concave: Concave = 0.0
+    ) -> tuple[Tensor, Concave]:
+        """The solution, and how concave g was seen to be.
+
+        Args:
+            concave: what is known of that before, so that no products are lost on finding out.
+
+        Returns:
+            q, and the largest |negative curvature| seen over the largest curvature, or ``concave``.
+        """
+        if concave <= CONCAVE:
+            q, found = self._steps(product, b, q0, concave)
+            if isinstance(found, Tensor) and (found.requires_grad or not _visible(found)):
+                return q, found
+            if found <= CONCAVE:
+                return q, float(found)
+        return self._absolute(product, b, float(concave))
+
+    def _steps(
+        self, product: Product, b: Tensor, q0: Tensor | None, concave: Concave
+    ) -> tuple[Tensor, Concave]:
         enough, state = self.begin(product, b, q0)
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
-            return self._on_host(product, float(enough), state)
+            q, top, low = self._on_host(product, float(enough), state)
+            return q, max(float(concave), -low / top) if top > 0 else concave
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
-            if i % 5 == 4 and _visible(state[-1]) and not state[-1]:
+            if i % 5 == 4 and _visible(state[4]) and not state[4]:
                 break
             state = self.advance(product, enough, state)
-        return state[0]
+        return state[0], seen(concave, *state[5:])
+
+    def _absolute(self, product: Product, b: Tensor, concave: float) -> tuple[Tensor, float]:
+        """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
+        lanczos = Lanczos(product, b)
+        few = 1 if b.device.type == "cpu" else 5
+        products = min(self.steps, b.numel())
+        z = b.new_zeros(1)
+        for i in range(1, products + 1):
+            lanczos.advance()
+            if i % few and i < products:
+                continue
+            ritz, vectors = lanczos.ritz()
+            top, low = float(ritz.abs().max()), float(ritz[0])
+            concave = max(concave, -low / top) if top > 0 else concave
+            floor = max(min(concave, FLOOR) * top, torch.finfo(b.dtype).tiny)
+            z = vectors @ (vectors[0] / ritz.abs().clamp_min(floor))
+            # where g_yy is positive definite after all, this is the relative residual
+            if float(lanczos.betas[-1] * z[-1].abs()) <= self.rtol:
+                break
+        q = torch.linalg.vector_norm(b) * (torch.stack(lanczos.basis[: len(z)]).T @ z)
+        return q, concave
 
     def begin(
         self, product: Product, b: Tensor, q0: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The squared residual that is enough, and the state of the steps: (q, residual,
-        direction, squared norm of the residual, whether to go on)."""
+        """The squared residual that is enough, and the state of the steps: (q, residual, direction,
+        squared norm of the residual, whether to go on, largest |curvature| seen, lowest)."""
         if q0 is None:
-            q, r = torch.zeros_like(b), b
+            q, r, low = torch.zeros_like(b), b, b.new_zeros(())
         else:
             # the guess along its own ray: the best multiple of q0 never is worse than zero
             Hq = product(q0)
             curved = torch.dot(q0, Hq)
             scale = torch.where(curved > 0, torch.dot(q0, b) / curved, 0.0)
             q, r = scale * q0, b - scale * Hq
+            low = torch.where(curved < 0, curved / torch.dot(q0, q0), 0.0)
         rr = torch.dot(r, r)
         # even a good guess takes one step, so that over the iterations of a method q converges
-        return self.rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0)
+        return self.rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0, -low, low)
 
     def advance(
         self, product: Product, enough: Tensor, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """One step, at the cost of one product; none where there is no going on."""
-        q, r, p, rr, active = state
+        q, r, p, rr, active, top, low = state
         eps = torch.finfo(q.dtype).eps
         Hp = product(p)
         pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
-        active = active & (pHp > eps * eps * pp) & torch.isfinite(pHp)
+        bent = torch.where(active & torch.isfinite(pHp), pHp / pp, 0.0)
+        top, low = torch.maximum(top, bent.abs()), torch.minimum(low, bent)
+        active = active & (bent > eps * eps)
         a = torch.where(active, rr / pHp, 0.0)
         q = q + a * p
         r = r - torch.where(active, a * Hp, 0.0)
@@ -251,16 +339,21 @@ class ConjugateGradient:
         moved = a * a * pp > eps * eps * torch.dot(q, q)
         active = active & (new > enough) & moved
         p = r + torch.where(active, new / rr, 0.0) * p
-        return q, r, p, new, active
+        return q, r, p, new, active, top, low
 
-    def _on_host(self, product: Product, enough: float, state: tuple[Tensor, ...]) -> Tensor:
+    def _on_host(
+        self, product: Product, enough: float, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, float, float]:
         """:meth:`advance` with Python's numbers: on the CPU its small tensors cost what a product
-        of a small problem does."""
-        q, r, p, rr = *state[:3], float(state[3])
-        eps = torch.finfo(q.dtype).eps
+        of a small problem does. q, and the largest |curvature| and the lowest."""
+        q, r, p = state[:3]
+        rr, low = float(state[3]), float(state[6])
+        top, eps = -low, torch.finfo(q.dtype).eps
         for _ in range(self.steps if rr > 0 else 0):
             Hp = product(p)
             pHp, pp = float(torch.dot(p, Hp)), float(torch.dot(p, p))
+            if math.isfinite(pHp) and pp > 0:
+                top, low = max(top, abs(pHp / pp)), min(low, pHp / pp)
             if not eps * eps * pp < pHp < math.inf:
                 break
             a = rr / pHp  # below 1 / eps^2, as |p| >= |r|: alpha= takes what float32 can hold
@@ -269,7 +362,13 @@ class ConjugateGradient:
             if not (new > enough and a * a * pp > eps * eps * float(torch.dot(q, q))):
                 break
             p, rr = r + new / rr * p, new  # this ratio has no such bound
-        return q
+        return q, top, low
+
+
+def seen(concave: Concave, top: Tensor, low: Tensor) -> Tensor:
+    """``concave`` with the largest |curvature| and the lowest one that a system has shown."""
+    share = torch.where(top > 0, -low / top, 0.0)
+    return torch.maximum(torch.as_tensor(concave, dtype=top.dtype, device=top.device), share)
 
 
 @dataclass(frozen=True)

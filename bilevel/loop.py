@@ -201,7 +201,10 @@ def solve(
             ):
                 reason = f"stopped at iteration {record.k}: {record.failure}"
                 if state.failures:
-                    reason += f", {state.failures} iterations in a row"
+                    reason += (
+                        f", {state.failures} iterations in a row, with the hypergradient's norm at "
+                        f"{record.hypergrad_norm:.3g} of {history[0].hypergrad_norm:.3g} at first"
+                    )
                 break
             if callback is not None and _stops(ranks, callback, state, record):
                 reason = f"the callback stopped the run at iteration {record.k}"

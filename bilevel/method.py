@@ -18,6 +18,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
+from bilevel.linear import Concave
 from bilevel.noise import Noise
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
@@ -37,6 +38,9 @@ SOLVERS = (
     "a torch.optim.Optimizer class, a function(parameters) that makes one, or a function "
     "solver(x, y, batches)"
 )
+
+
+ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class State:
     seconds: float = 0.0
     failures: int = 0  # outer searches that failed, one after the other
     noise: Noise = Noise()  # of the Hessian, where the batches that it averages are 'auto'
+    concave: float = 0.0  # largest |negative curvature| of g seen, over its largest curvature
 
     @property
     def x(self) -> Variable:
@@ -184,8 +189,10 @@ class Method:
         hessian = oracle.distinct(given)
         count, more = self.wanted(state)
         hessian, others = hessian[:count], hessian[count : count + more]
-        h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q)
+        h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.concave)
         d, moments = self.direction(h.grad, state.moments)
+        if oracle.problem.project is not None:
+            d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         searches = self.outer_rule.searches(state.k, state.outer_last)
         response = self.response if searches else None
         trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size)
@@ -231,7 +238,7 @@ class Method:
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
         behind = is_behind(here, there, alpha * abs(slope))
         if self.corrects and behind and not (numeric or move.failed):
-            new_y = corrected(oracle, new_x, new_y, h, draws[0])
+            new_y, h.concave = corrected(oracle, new_x, new_y, h, draws[0])
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -272,6 +279,7 @@ class Method:
                 state.seconds,
                 state.failures + 1 if move.failed else 0,
                 state.noise.add(excess, len(hessian)).settle(state.k),
+                max(state.concave, float(h.concave)),
             ),
             record,
         )
@@ -308,6 +316,24 @@ class Method:
         return y, path, out
 
 
+def feasible(oracle: Oracle, x: Tensor, g: Tensor, d: Tensor, t: float) -> Tensor:
+    """d, or -g of the same length where the projection leaves too little of what d would gain.
+
+    On the way from x to P(x - t g) the loss always falls, if x is not stationary. Along another
+    direction it may not: scaled by an A, x may even stay where it is at a point that is no
+    solution. d is kept where P(x + t d) gains ``ANGLE`` of the same per length at least, as
+    -A^{-1} g does without a projection wherever the scales of A are within a factor of 400.
+    """
+    steepest = -g * torch.linalg.vector_norm(d) / _positive(torch.linalg.vector_norm(g))
+    scaled, plain = (oracle.project(x + t * s) - x for s in (d, steepest))
+    rates = [torch.dot(g, s) / _positive(torch.linalg.vector_norm(s)) for s in (scaled, plain)]
+    return torch.where(rates[0] <= ANGLE * rates[1], d, steepest)
+
+
+def _positive(norm: Tensor) -> Tensor:
+    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
 def is_behind(here: Any, there: Any, gain: Any) -> Any:
     """Whether y lags by more than the outer step is to gain, and noise alone would not tell so.
 
@@ -319,8 +345,11 @@ def is_behind(here: Any, there: Any, gain: Any) -> Any:
     return (lag > gain) & (lag > 2 * spread)
 
 
-def corrected(oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw) -> Tensor:
-    """y + s or y + s/4 with the Newton step g_yy s = -g_y, or y: the first that is better.
+def corrected(
+    oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw
+) -> tuple[Tensor, Concave]:
+    """y + s or y + s/4 with the Newton step g_yy s = -g_y, or y: the first that is better; and how
+    concave g was seen to be by then.
 
     The inner steps bring y near y*(x) as slowly as g is ill-conditioned, and where f gains by y
     staying behind, x drifts to where they are slower still. One more system with the matrix of
@@ -330,12 +359,12 @@ def corrected(oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw) ->
         x, y: where the outer step has led to.   h: the hypergradient before it.
     """
     if h.newton is None:
-        return y
-    s, best = h.newton(), oracle.value("inner", x, y, judge)
+        return y, h.concave
+    (s, concave), best = h.newton(), oracle.value("inner", x, y, judge)
     for t in (1.0, 0.25):
         if bool(oracle.value("inner", x, y + t * s, judge) < best):
-            return y + t * s
-    return y
+            return y + t * s, concave
+    return y, concave
 
 
 def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:

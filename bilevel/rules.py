@@ -101,7 +101,13 @@ class Armijo:
         if slope >= 0:
             return Move(0.0, last)
         rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
-        predicted = line.predicted or (lambda t: t * slope)
+
+        def predicted(t: float) -> float:
+            if line.predicted is None:
+                return t * slope
+            change = line.predicted(t)  # of a difference of points, which has a rounding error
+            return min(change, 0.0) if change <= rounding else change
+
         search = partial(
             armijo,
             lambda t: float(line.phi(t)),
@@ -120,9 +126,11 @@ class Armijo:
         elif self.reset == "grow":
             start = self.growth * last
             decrease = -predicted(start)
+            if line.predicted is not None and decrease <= 0:
+                return Move(0.0, last)  # the projection leaves nothing to gain
             if decrease < 8 * rounding:  # lost in the rounding error of phi, where anything passes
                 if decrease > 0:  # as far as it can be seen
-                    far = search(start=start * 8 * rounding / decrease, max_trials=1)
+                    far = search(start=start * min(8 * rounding / decrease, NEAR), max_trials=1)
                     if far.accepted:
                         return Move(far.step, far.step, 1)
                     wasted = 1

@@ -17,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.func import grad_and_value
 
 from bilevel.compiled import second_derivatives
-from bilevel.linear import ConjugateGradient, Product, Solver
+from bilevel.linear import ConjugateGradient, Product, Solver, seen
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import NEAR, Armijo, Fixed, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
@@ -142,9 +142,10 @@ class TracedProducts:
 class Counted:
     """A solver with its products counted; conjugate gradients as a loop of the graph."""
 
-    def __init__(self, solver: Solver) -> None:
+    def __init__(self, solver: Solver, concave: Tensor) -> None:
         self.solver = solver
         self.counts: list[Tensor | int] = []
+        self.concave = [concave]  # as seen so far, the last; a list, as torch 2.13 forgets here
 
     @property
     def warm_start(self) -> bool:
@@ -161,7 +162,7 @@ class Counted:
             return solver(counted, b, q0)
 
         def going(i: Tensor, *state: Tensor) -> Tensor:
-            return (i < solver.steps) & state[-1]
+            return (i < solver.steps) & state[4]
 
         def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             return i + 1, *solver.advance(product, enough, state)
@@ -169,11 +170,12 @@ class Counted:
         enough, begun = solver.begin(product, b, q0)
         state = [part.clone() for part in begun]
         if solver.steps == 1:  # a loop costs more than its only step
-            steps, (q, *_) = state[-1].long(), solver.advance(product, enough, tuple(state))
+            steps, last = state[4].long(), solver.advance(product, enough, tuple(state))
         else:
-            steps, q, *_ = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
+            steps, *last = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
         self.counts.append(steps + int(q0 is not None))
-        return q
+        self.concave.append(seen(self.concave[-1], *last[5:]))
+        return last[0]
 
 
 def move(rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor) -> Found:
@@ -209,7 +211,8 @@ def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) -
     decrease = -slope * start
     lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
     far = lost & (decrease > 0)
-    start = torch.where(far, start * 8 * rounding / decrease, torch.where(lost, last, start))
+    further = start * (8 * rounding / decrease).clamp(max=NEAR)
+    start = torch.where(far, further, torch.where(lost, last, start))
     brackets = growing = first & (rule.reset != "fixed")
     nothing = torch.zeros_like(value)
 

@@ -63,6 +63,8 @@ class Trials:
             free = self._x + t * self._d
             xt = self._oracle.project(free)
             bent = self._projects and not torch.equal(xt, free)
+            if bent and 8 * xt.abs().max() < free.abs().max():
+                xt = self._oracle.project(xt)  # what rounding has left of it, from far away
             self._seen[t] = xt, self._respond(t, xt, bent)
         return self._seen[t]
 

@@ -16,7 +16,7 @@ from bilevel.layout import Layout
 from bilevel.linear import ConjugateGradient, Neumann
 from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
-from bilevel.traced import Traced
+from bilevel.traced import Counted, Traced
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
 
@@ -196,9 +196,9 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
 
     x, y, s = torch.zeros(2), torch.tensor([0.5, 3.0]), torch.tensor(s)
     oracle = Oracle(Problem(lambda x, y: y.sum(), inner), Layout(x, "x"), Layout(y, "y"))
-    h = Estimate(*(None,) * 8, newton=lambda *solver: s.clone())
-    plain = corrected(oracle, x, y, h, Draw()) if go else y
-    given = (x, y, h, Draw(), ConjugateGradient())
-    found, _, looks = graph._corrected(Traced(oracle, None), torch.tensor(go), *given)
+    h = Estimate(*(None,) * 8, newton=lambda *solver: (s.clone(), 0.0))
+    plain = corrected(oracle, x, y, h, Draw())[0] if go else y
+    given = (x, y, h, Draw(), Counted(ConjugateGradient(), torch.zeros(())))
+    found, _, looks, _ = graph._corrected(Traced(oracle, None), torch.tensor(go), *given)
     assert torch.equal(found, plain)
     assert looks == (oracle.cost.loss_evaluations if go else 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import bilevel
 from bilevel import ConjugateGradient, Identity, Implicit, Neumann, Nystrom, StochasticNeumann
-from bilevel.linear import curvature
+from bilevel.linear import FLOOR, curvature, seen
 from tests.tables import CASES, RIDGES, flat, relative, t
 
 
@@ -129,18 +129,89 @@ def test_a_bad_guess_costs_nothing(scale):
     assert system.energy(q - system.q) <= system.energy(system.q) * (1 + 1e-12)
 
 
-def test_cg_stops_at_negative_curvature_with_the_last_iterate():
+def test_cg_steps_stop_at_negative_curvature_with_the_last_iterate():
     """The first direction sees 10 > 0, the second a negative curvature: one step is returned."""
     system = System([10.0, -1.0], b=[1.0, 0.5])
-    one = system.solve(ConjugateGradient(1, 0.0))
+    solver, b = ConjugateGradient(1, 0.0), t(system.b)
+    one = solver.watched(system.product, b)[0]
     bb, bHb = system.b @ system.b, system.b @ system.H @ system.b
     assert bHb > 0 and np.allclose(one, bb / bHb * system.b, rtol=1e-14)
-    for steps in (2, 3, 50):
-        assert np.array_equal(system.solve(ConjugateGradient(steps, 0.0)), one)
-    # negative at once: nothing but the start can be returned
-    system = System([-2.0, -1.0], b=[1.0, 0.5])
-    assert not system.solve(ConjugateGradient(50, 0.0)).any()
-    assert system.residual(system.solve(ConjugateGradient(50, 0.0))) == 1.0
+    enough, state = solver.begin(system.product, b, None)
+    for _ in range(3):
+        state = solver.advance(system.product, enough, state)
+        assert torch.equal(state[0], one)
+
+
+def absolute(H, floor=0.0):
+    """|H|^{-1}, of eigenvalues no less than ``floor`` of the largest."""
+    values, V = np.linalg.eigh(H)
+    values = np.abs(values)
+    return V @ np.diag(1 / np.maximum(values, floor * values.max())) @ V.T
+
+
+@pytest.mark.parametrize("guess", [False, True])
+@pytest.mark.parametrize(
+    "spectrum", [[10.0, -1.0], [-2.0, -1.0], [10.0, 3.0, 1e-3, -1.0], [5.0, 1.0, 0.5, -8.0]]
+)
+def test_cg_of_an_indefinite_hessian_is_its_absolute_value(spectrum, guess):
+    """Eigenvalues as they are without their signs, but no less than FLOOR of the largest."""
+    system = System(spectrum, b=np.arange(1.0, len(spectrum) + 1))
+    q0 = t(np.ones(len(spectrum))) if guess else None
+    q, concave = ConjugateGradient(50, 0.0).watched(system.product, t(system.b), q0)
+    assert relative(q.numpy(), absolute(system.H, FLOOR) @ system.b) < 1e-10
+    assert concave == pytest.approx(-min(spectrum) / max(map(abs, spectrum)), rel=1e-9)
+    assert np.allclose(q.numpy(), system.solve(ConjugateGradient(50, 0.0), q0))
+
+
+def test_what_was_seen_of_concavity_is_the_floor():
+    """Once seen, smaller curvatures are not told from nothing, up to FLOOR; before, they are."""
+    system = System([1.0, 0.5, 2e-3, 1e-6], b=[1.0, 2.0, 3.0, 4.0])
+    solver = ConjugateGradient(50, 0.0)
+    for before, floor in ((0.0, 0.0), (1e-5, 0.0), (5e-3, 5e-3), (0.7, FLOOR)):
+        q, after = solver.watched(system.product, t(system.b), None, before)
+        assert relative(q.numpy(), absolute(system.H, floor) @ system.b) < 1e-8
+        assert after == before
+    system.count = 0
+    solver.watched(system.product, t(system.b), None, 0.7)
+    assert system.count == 4  # of them none to find out
+
+
+def test_absolute_values_are_as_exact_as_asked():
+    """Of a positive definite Hessian, rtol bounds the residual, in as many products as by CG."""
+    system = System(np.linspace(1, 30, 60), seed=3)
+    for rtol in (0.3, 1e-2, 1e-6):
+        counts = []
+        for before in (0.0, 1e-3):
+            system.count = 0
+            q, _ = ConjugateGradient(60, rtol).watched(system.product, t(system.b), None, before)
+            assert system.residual(q.numpy()) <= rtol
+            counts.append(system.count)
+        assert counts[0] == counts[1] < 60
+
+
+def test_cg_tells_how_concave_it_has_seen_the_loss():
+    """The lowest Rayleigh quotient of its directions and guess over the largest."""
+    system = System([10.0, 3.0, -1.0], b=[1.0, 1.0, 0.5])
+    directions = []
+
+    def product(u):
+        directions.append(u.numpy())
+        return system.product(u)
+
+    for q0 in (None, t(system.V @ [0.0, 0.1, 1.0])):
+        solver = ConjugateGradient(8, 0.0)
+        enough, state = solver.begin(product, t(system.b), q0)
+        for _ in range(8):
+            state = solver.advance(product, enough, state)
+        quotients = [p @ system.H @ p / (p @ p) for p in directions]
+        last = next(i for i, k in enumerate(quotients) if k < 0 and (i or q0 is None))
+        concave = -min(quotients[: last + 1]) / max(np.abs(quotients[: last + 1]))
+        assert concave > 0
+        assert float(seen(0.0, *state[5:])) == pytest.approx(concave, rel=1e-12)
+        assert float(seen(0.9, *state[5:])) == 0.9
+        directions.clear()
+    convex = ConjugateGradient(50, 0.0).watched(System(geometric(100)).product, t(np.ones(60)))
+    assert convex[1] == 0.0
 
 
 def test_cg_on_a_singular_hessian():
@@ -177,19 +248,24 @@ def test_cg_survives_a_product_that_is_not_finite(bad):
         ([1.0, 2.0, -3.0], [1.0, 1.0, 0.1]),
         ([1.0, 2.0], [0.0, 0.0]),
         ([1.0, math.nan], [1.0, 1.0]),
+        ([-1.0, -2.0], [1.0, 1.0]),
+        ([1.0, 0.01, -0.02], [1.0, 1.0, 1.0]),
     ],
 )
 def test_cg_with_numbers_of_the_host_is_that_in_tensors(spectrum, b, guess):
     system = System(spectrum, b=b)
     solver = ConjugateGradient(steps=8, rtol=1e-8)
     right, q0 = t(system.b), t(np.arange(1.0, len(spectrum) + 1)) if guess else None
-    found, count = solver(system.product, right, q0), system.count
+    enough, state = solver.begin(system.product, right, q0)
+    found, top, low = solver._on_host(system.product, float(enough), state)
+    system.count = 0
     enough, state = solver.begin(system.product, right, q0)
     steps = 0
-    while steps < solver.steps and state[-1]:
+    while steps < solver.steps and state[4]:
         state, steps = solver.advance(system.product, enough, state), steps + 1
-    assert count == steps + guess
+    assert system.count == steps + guess
     torch.testing.assert_close(found, state[0], rtol=1e-9, atol=1e-12, equal_nan=True)
+    assert (top, low) == pytest.approx(tuple(map(float, state[5:])), rel=1e-9)
 
 
 def test_cg_on_a_scalar():

@@ -40,12 +40,13 @@ def both(change):
 
 
 def solved(change):
-    original = ConjugateGradient.__call__
-    return (
-        ConjugateGradient,
-        "__call__",
-        lambda self, product, b, q0=None: change(original(self, product, b, q0), b),
-    )
+    original = ConjugateGradient.watched
+
+    def watched(self, product, b, *rest):
+        q, concave = original(self, product, b, *rest)
+        return change(q, b), concave
+
+    return ConjugateGradient, "watched", watched
 
 
 def estimated(change):
@@ -77,7 +78,7 @@ def wrong_way(h, *rest):
 
 def wrong_newton(h, *rest):
     newton = h.newton
-    h.newton = lambda: 0.9 * newton()
+    h.newton = lambda: (0.9 * newton()[0], h.concave)
     return h
 
 
@@ -182,7 +183,7 @@ BUGS = {
         oracles.solved_by_newton,
     ),
     "no correction": (
-        lambda: (bilevel.method, "corrected", lambda oracle, x, y, h, judge: y),
+        lambda: (bilevel.method, "corrected", lambda oracle, x, y, h, judge: (y, 0.0)),
         oracles.solved_by_newton,
     ),
     "stale batch": (stale_batch, oracles.fresh_batches),

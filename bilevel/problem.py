@@ -258,10 +258,18 @@ class Oracle:
         return Joint(draws) if len(draws) > 1 else draws[0]
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        """The loss, without a graph."""
+        """The loss, without a graph; where it takes derivatives itself, with those of its own."""
         self.cost.loss_evaluations += draw.count
-        with torch.no_grad():
-            return self._loss(level, x, y, draw)
+        habit = self.problem.habit
+        try:
+            with torch.set_grad_enabled(habit.differentiates):
+                return self._loss(level, x, y, draw).detach()
+        except RuntimeError as error:
+            if habit.differentiates or "does not require grad" not in str(error):
+                raise
+        habit.differentiates = True
+        with torch.enable_grad():
+            return self._loss(level, x, y, draw).detach()
 
     def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
         """The loss at several y, without a graph; what y does not enter is done once a draw."""

@@ -36,11 +36,13 @@ class Habit:
             steps. None: not known yet.
         once: pairs of x and batch in a row at which the loss was evaluated once.
         largest: entries of the largest tensor in the loss. None: not known.
+        differentiates: whether a loss takes derivatives itself, as of a network by its inputs.
     """
 
     pays: bool | None = None
     once: int = 0
     largest: int | None = None
+    differentiates: bool = False
 
 
 class Reuse:

@@ -292,3 +292,29 @@ def test_a_loss_that_raises_restores_the_generator():
     with pytest.raises(RuntimeError, match="broken"):
         oracle.value("outer", x, y, draw)
     assert torch.equal(torch.get_rng_state(), state) and calls[0] == calls[1]
+
+
+def test_a_loss_that_differentiates_by_itself():
+    """u(s) = y0 s + y1 s^2 is to follow u' = x: with u' by autograd as with u' written out."""
+    s = torch.linspace(0, 1, 7, dtype=torch.float64)
+
+    def by_autograd(x, y):
+        points = s.clone().requires_grad_()
+        u = y[0] * points + y[1] * points**2
+        (slope,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        return ((slope - x) ** 2).mean() + 0.1 * (y * y).sum()
+
+    def written_out(x, y):
+        return ((y[0] + 2 * y[1] * s - x) ** 2).mean() + 0.1 * (y * y).sum()
+
+    def solve(inner):
+        return bilevel.solve(
+            lambda x, y: (y[0] + y[1] - 1) ** 2,
+            inner,
+            *(torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)),
+            steps=5,
+        )
+
+    one, other = solve(by_autograd), solve(written_out)
+    torch.testing.assert_close(one.x, other.x, rtol=1e-9, atol=1e-12)
+    assert one.history[-1].loss_evaluations == other.history[-1].loss_evaluations

@@ -11,22 +11,31 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 import bilevel
-from benchmarks.problems import CASES, INNER, STEPS, Case, distillation, outcome, representation
+from benchmarks.problems import EVERY, INNER, STEPS, Case, distillation, outcome, representation
 from benchmarks.report import write
+from bilevel.linear import Product
 from bilevel.method import Method
 from bilevel.presets import SEARCHED_ADAM
-from bilevel.rules import Adam, Armijo
+from bilevel.rules import Adam, Armijo, Fixed
 
 # a default must not fail where batches are small, which is where most alternatives do
 PROBLEMS: dict[str, Callable[[int], Case]] = {
-    **CASES,
+    **EVERY,
     "distillation, batch 16": lambda seed: distillation(seed, 16),
     "hyper-representation, batch 16": lambda seed: representation(seed, 16),
 }
 SHOWN = ["ridge, condition 1e4", "distillation, batch 64", "distillation, batch 16"]
 SHOWN += ["hyper-representation"]
+
+
+class Convex(bilevel.ConjugateGradient):
+    """As if g_yy were positive definite: what there is before a direction of negative curvature."""
+
+    def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
+        return self._steps(product, b, q0, 0.0)[0]
 
 
 def cg(steps: int, rtol: float, average: int | Literal["auto"] = "auto") -> bilevel.Implicit:
@@ -52,6 +61,7 @@ def variants() -> dict[str, Method]:
         "response refine, slack 0.01": replace(armijo(slack=0.01), response="refine"),
         "c = 0.1": armijo(c=0.1),
         "slack 0.01": armijo(slack=0.01),
+        "inner steps fixed at 0.3": replace(default, inner_rule=Fixed(0.3)),
         "growth 2": replace(armijo(growth=2.0), inner_rule=Armijo(growth=2.0)),
         "no average": replace(default, averages=False),
         "no correction": replace(default, corrects=False),
@@ -60,11 +70,16 @@ def variants() -> dict[str, Method]:
         "start 1e-4": bilevel.bisls("adam", 1e-4, 1e-4),
         "start 1e4": bilevel.bisls("adam", 1e4, 1e4),
         "CG rtol 1e-3, 50 steps": bilevel.bisls("adam", hypergradient=cg(50, 1e-3)),
+        "CG rtol 1e-4, 100 steps": bilevel.bisls("adam", hypergradient=cg(100, 1e-4)),
         "CG rtol 0.3": bilevel.bisls("adam", hypergradient=cg(20, 0.3)),
         "CG 3 steps": bilevel.bisls("adam", hypergradient=cg(3, 0.1)),
         "Neumann 10 terms": bilevel.bisls(
             "adam", hypergradient=bilevel.Implicit(bilevel.Neumann(10), average="auto")
         ),
+        "CG as if convex": bilevel.bisls(
+            "adam", hypergradient=bilevel.Implicit(Convex(20, 0.1), average="auto")
+        ),
+        "unrolled": bilevel.bisls("adam", hypergradient=bilevel.Unrolled()),
         "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 1)),
         "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 2)),
         "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 4)),

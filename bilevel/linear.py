@@ -26,7 +26,7 @@ Solver = Callable[[Product, Tensor, "Tensor | None"], Tensor]
 PRODUCTS = ", which counts products with the Hessian, such as 10"
 Concave = float | Tensor  # largest |negative curvature| seen, over the largest curvature
 CONCAVE = 1e-4  # of it is more than rounding
-FLOOR = 1e-2  # share of the largest curvature that is told from nothing where g is concave, too
+FLOOR = 3e-3  # share of the largest curvature that is told from nothing where g is concave, too
 
 
 def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
@@ -224,7 +224,7 @@ class ConjugateGradient:
 
     A g_yy with negative eigenvalues, as of a network on its way, has no argmin to differentiate,
     and steps of 1 / (curvature) end in nonsense where the curvature passes through zero. There
-    q = |g_yy|^{-1} b instead, its eigenvalues no less than a hundredth of the largest: by the
+    q = |g_yy|^{-1} b instead, its eigenvalues no less than 0.003 of the largest: by the
     method of Lanczos, with as many products and a vector held for each.
 
     Args:

@@ -101,13 +101,7 @@ class Armijo:
         if slope >= 0:
             return Move(0.0, last)
         rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
-
-        def predicted(t: float) -> float:
-            if line.predicted is None:
-                return t * slope
-            change = line.predicted(t)  # of a difference of points, which has a rounding error
-            return min(change, 0.0) if change <= rounding else change
-
+        predicted = line.predicted or (lambda t: t * slope)
         search = partial(
             armijo,
             lambda t: float(line.phi(t)),

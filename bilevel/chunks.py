@@ -37,8 +37,6 @@ OPTIONS = {
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
 
-BENT = "the inner loss is concave in places, where linear systems are solved otherwise"
-
 Batches = tuple[Any, list[Any], "list[Any] | None"]  # outer, inner, Hessian
 
 
@@ -92,7 +90,9 @@ class Chunks:
     def __call__(self, state: State, batches: Batches, limit: int) -> tuple[State, list[Record]]:
         """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
         if self.usable and state.concave > CONCAVE:
-            self._refuse(BENT)
+            self._refuse(
+                "the inner loss is concave in places, where linear systems are solved otherwise"
+            )
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
@@ -204,8 +204,7 @@ class Chunks:
                 break
             drawn.append(tensors)
         outcome = self._run(ready, state, joined.many, drawn)
-        if outcome and not outcome[0]:
-            self._refuse(BENT)
+        if outcome and not outcome[0]:  # g is concave, of which the plain iteration will tell
             outcome = None
         taken = int(outcome[0]) if outcome else 1
         if taken < asked:  # the source must not be ahead of the state

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -191,9 +192,9 @@ class Method:
         hessian, others = hessian[:count], hessian[count : count + more]
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.concave)
         d, moments = self.direction(h.grad, state.moments)
-        if oracle.problem.project is not None:
-            d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         searches = self.outer_rule.searches(state.k, state.outer_last)
+        if searches and oracle.problem.project is not None:
+            d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
         trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size)
         move = self.outer_rule(trials.line, state.k, state.outer_last)
@@ -324,14 +325,10 @@ def feasible(oracle: Oracle, x: Tensor, g: Tensor, d: Tensor, t: float) -> Tenso
     solution. d is kept where P(x + t d) gains ``ANGLE`` of the same per length at least, as
     -A^{-1} g does without a projection wherever the scales of A are within a factor of 400.
     """
-    steepest = -g * torch.linalg.vector_norm(d) / _positive(torch.linalg.vector_norm(g))
-    scaled, plain = (oracle.project(x + t * s) - x for s in (d, steepest))
-    rates = [torch.dot(g, s) / _positive(torch.linalg.vector_norm(s)) for s in (scaled, plain)]
-    return torch.where(rates[0] <= ANGLE * rates[1], d, steepest)
-
-
-def _positive(norm: Tensor) -> Tensor:
-    return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    unit = partial(F.normalize, dim=0, eps=torch.finfo(g.dtype).tiny)
+    steepest = -torch.linalg.vector_norm(d) * unit(g)
+    scaled, plain = (torch.dot(g, unit(oracle.project(x + t * s) - x)) for s in (d, steepest))
+    return torch.where(scaled <= ANGLE * plain, d, steepest)
 
 
 def is_behind(here: Any, there: Any, gain: Any) -> Any:

@@ -40,9 +40,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The last finite x (structure of the case's x), what it cost, and why the run ended."""
+    """The last finite x and y (structures of the case's), what they cost, and why the run ended."""
 
     x: Any
+    y: Any
     cost: Cost
     seconds: float
     reason: str
@@ -504,7 +505,7 @@ def _run(
     x, y = layouts[0].flatten(case.x), layouts[1].flatten(case.y)
     settings = Settings(inner_steps, outer_step, inner_step)
     iterates = method(oracle, Batches(case.data), x, y, settings, **options)
-    reason, seconds = f"all {steps} steps were taken", 0.0
+    reason, seconds, last = f"all {steps} steps were taken", 0.0, y
     for k in range(steps):
         began = time.perf_counter()
         try:
@@ -518,10 +519,10 @@ def _run(
         if not (finite and torch.isfinite(new).all()):
             reason = f"stopped at iteration {k}: {'x' if finite else 'y'} is not finite"
             break
-        x = new
+        x, last = new, y
         if watch is not None:
             watch(k, layouts[0].export(x), replace(oracle.cost), seconds)
-    return Outcome(layouts[0].export(x), oracle.cost, seconds, reason)
+    return Outcome(layouts[0].export(x), layouts[1].export(last), oracle.cost, seconds, reason)
 
 
 def _rival(name: str, method: Callable[..., Iterates], *steps: str) -> Rival:

@@ -208,8 +208,7 @@ class Implicit:
 
         lag = torch.dot(q, pull.gradient)
         out = Estimate(
-            *(fx - gxy_q, fx, value, pull.value, residual, q, respond),
-            *(lag, newton, elsewhere, concave),
+            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, elsewhere, concave
         )
         return out
 

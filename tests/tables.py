@@ -48,6 +48,13 @@ def like(tree: Any, vector: Any) -> Any:
     return fill(tree)
 
 
+def absolute(H, floor=0.0):
+    """|H|^{-1}, of eigenvalues no less than ``floor`` of the largest."""
+    values, V = np.linalg.eigh(H)
+    values = np.abs(values)
+    return V @ np.diag(1 / np.maximum(values, floor * values.max())) @ V.T
+
+
 def relative(found: Any, exact: Any) -> float:
     """Distance of two trees or vectors, relative to the second."""
     found = flat(found).double().numpy() if not isinstance(found, np.ndarray) else found

@@ -11,7 +11,7 @@ from bilevel import ConjugateGradient, Implicit, chunks
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, FLOOR
 from bilevel.problem import Draw, Problem, make_oracle
-from tests.tables import relative, t
+from tests.tables import absolute, relative, t
 
 SPECTRUM = np.array([4.0, 1.5, 0.3, -0.8])
 
@@ -21,12 +21,6 @@ def system(seed=0):
     rng = np.random.default_rng(seed)
     V = np.linalg.qr(rng.standard_normal((4, 4)))[0]
     return V @ np.diag(SPECTRUM) @ V.T, rng.standard_normal((3, 4)), rng.standard_normal(4)
-
-
-def absolute(H):
-    values, V = np.linalg.eigh(H)
-    values = np.abs(values)
-    return V @ np.diag(1 / np.maximum(values, FLOOR * values.max())) @ V.T
 
 
 def test_every_system_of_an_estimate_has_the_absolute_hessian():
@@ -39,7 +33,7 @@ def test_every_system_of_an_estimate_has_the_absolute_hessian():
     x, y, d = t([0.3, -1.0, 2.0]), t([1.0, 0.5, -0.25, 2.0]), t([1.0, 2.0, -1.0])
     oracle = make_oracle(problem, Layout(x, "x"), Layout(y, "y"))
     h = Implicit(ConjugateGradient(20, 0.0)).estimate(oracle, x, y, Draw(), [Draw()], [], None)
-    inverse = absolute(H)
+    inverse = absolute(H, FLOOR)
     assert relative(h.grad.numpy(), 2 * x.numpy() - C @ inverse @ a) < 1e-10
     assert h.concave == pytest.approx(0.8 / 4.0)
     slope, follow = h.respond(d)

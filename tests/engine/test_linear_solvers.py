@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import bilevel
 from bilevel import ConjugateGradient, Identity, Implicit, Neumann, Nystrom, StochasticNeumann
 from bilevel.linear import FLOOR, curvature, seen
-from tests.tables import CASES, RIDGES, flat, relative, t
+from tests.tables import CASES, RIDGES, absolute, flat, relative, t
 
 
 class System:
@@ -140,13 +140,6 @@ def test_cg_steps_stop_at_negative_curvature_with_the_last_iterate():
     for _ in range(3):
         state = solver.advance(system.product, enough, state)
         assert torch.equal(state[0], one)
-
-
-def absolute(H, floor=0.0):
-    """|H|^{-1}, of eigenvalues no less than ``floor`` of the largest."""
-    values, V = np.linalg.eigh(H)
-    values = np.abs(values)
-    return V @ np.diag(1 / np.maximum(values, floor * values.max())) @ V.T
 
 
 @pytest.mark.parametrize("guess", [False, True])

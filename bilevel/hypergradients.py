@@ -54,8 +54,8 @@ class Estimate:
         newton: () -> s with g_yy s = -g_y, on the way to y*(x), and ``concave``; takes another
             solver, too.
         elsewhere: another draw -> <q, g_yy q> there over <q, g_yy q> here, less one; lag there.
-        concave: largest |negative curvature| of g seen, over its largest curvature; the system
-            of ``respond`` adds to what is known.
+        concave: largest |negative curvature| of g seen, over its largest curvature; the last
+            is what is known, to which the system of ``respond`` adds.
     """
 
     grad: Tensor
@@ -68,7 +68,7 @@ class Estimate:
     lag: Tensor | None = None
     newton: Callable[..., tuple[Tensor, Concave]] | None = None
     elsewhere: Callable[[Draw], tuple[Tensor, Tensor]] | None = None
-    concave: Concave = 0.0
+    concave: list[Concave] = field(default_factory=lambda: [0.0])
 
 
 class Hypergradient(Protocol):
@@ -172,6 +172,7 @@ class Implicit:
 
         guess = q0 if getattr(self.solver, "warm_start", False) else None
         q, concave = watched(self.solver, product, fy, guess, concave)
+        known = [concave]  # not on the estimate: a cycle would keep its graphs until collected
         gxy_q, gyy_q = pull.both(q)
         norm = torch.linalg.vector_norm(fy)
         error = torch.linalg.vector_norm(gyy_q - fy)
@@ -181,7 +182,8 @@ class Implicit:
 
         def respond(d: Tensor) -> tuple[Tensor, Follow]:
             c = -pull.forward(d)
-            w, out.concave = watched(self.solver, product, c, None, out.concave)
+            w, now = watched(self.solver, product, c, None, known[-1])
+            known.append(now)
             # <f_y, w> and <q, c> are the same number but for the errors of the two solves; the
             # smallest change of w, in the norm of g_yy, that makes them agree lies along q
             w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
@@ -199,7 +201,7 @@ class Implicit:
             return torch.dot(fx, d) + torch.dot(fy, w), follow
 
         def newton(solver: Solver = self.solver) -> tuple[Tensor, Concave]:
-            return watched(solver, product, -pull.gradient, None, out.concave)
+            return watched(solver, product, -pull.gradient, None, known[-1])
 
         def elsewhere(other: Draw) -> tuple[Tensor, Tensor]:
             there, here = self._pullback(oracle, x, y, other), torch.dot(q, gyy_q)
@@ -207,10 +209,9 @@ class Implicit:
             return torch.where(here > 0, excess, torch.nan), torch.dot(q, there.gradient)
 
         lag = torch.dot(q, pull.gradient)
-        out = Estimate(
-            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, elsewhere, concave
+        return Estimate(
+            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, elsewhere, known
         )
-        return out
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,8 @@ class Method:
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
         behind = is_behind(here, there, alpha * abs(slope))
         if self.corrects and behind and not (numeric or move.failed):
-            new_y, h.concave = corrected(oracle, new_x, new_y, h, draws[0])
+            new_y, concave = corrected(oracle, new_x, new_y, h, draws[0])
+            h.concave.append(concave)
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -280,7 +281,7 @@ class Method:
                 state.seconds,
                 state.failures + 1 if move.failed else 0,
                 state.noise.add(excess, len(hessian)).settle(state.k),
-                max(state.concave, float(h.concave)),
+                max(state.concave, float(h.concave[-1])),
             ),
             record,
         )
@@ -356,7 +357,7 @@ def corrected(
         x, y: where the outer step has led to.   h: the hypergradient before it.
     """
     if h.newton is None:
-        return y, h.concave
+        return y, h.concave[-1]
     (s, concave), best = h.newton(), oracle.value("inner", x, y, judge)
     for t in (1.0, 0.25):
         if bool(oracle.value("inner", x, y + t * s, judge) < best):

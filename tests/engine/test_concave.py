@@ -1,6 +1,8 @@
 """Inner losses that are not convex: |g_yy| in place of g_yy, and what is remembered of it."""
 
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def test_every_system_of_an_estimate_has_the_absolute_hessian():
     h = Implicit(ConjugateGradient(20, 0.0)).estimate(oracle, x, y, Draw(), [Draw()], [], None)
     inverse = absolute(H, FLOOR)
     assert relative(h.grad.numpy(), 2 * x.numpy() - C @ inverse @ a) < 1e-10
-    assert h.concave == pytest.approx(0.8 / 4.0)
+    assert h.concave[-1] == pytest.approx(0.8 / 4.0)
     slope, follow = h.respond(d)
     w = -inverse @ C.T @ d.numpy()
     assert float(slope) == pytest.approx(float(h.grad @ d), rel=1e-10)
@@ -135,3 +137,20 @@ def test_it_is_remembered_in_a_checkpoint(tmp_path):
     whole, resumed = solve(12), solve(12, checkpoint=path, resume=True)
     assert whole.state.concave > CONCAVE and whole.state.concave == resumed.state.concave
     assert torch.equal(whole.x, resumed.x)
+
+
+def test_an_estimate_is_gone_with_its_last_reference():
+    """It holds the graphs of the second derivatives, which must not wait for the collector."""
+    A = torch.diag(t([1.0, 2.0]))
+    problem = Problem(lambda x, y: y.sum(), lambda x, y: y @ A @ y / 2 - x @ y)
+    x, y = t([1.0, 1.0]), t([0.0, 0.0])
+    oracle = make_oracle(problem, Layout(x, "x"), Layout(y, "y"))
+    gc.disable()
+    try:
+        h = Implicit(ConjugateGradient(20)).estimate(oracle, x, y, Draw(), [Draw()], [], None)
+        h.respond(t([1.0, 0.0]))
+        reference = weakref.ref(h)
+        del h
+        assert reference() is None
+    finally:
+        gc.enable()

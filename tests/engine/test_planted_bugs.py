@@ -78,7 +78,7 @@ def wrong_way(h, *rest):
 
 def wrong_newton(h, *rest):
     newton = h.newton
-    h.newton = lambda: (0.9 * newton()[0], h.concave)
+    h.newton = lambda: (0.9 * newton()[0], h.concave[-1])
     return h
 
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 import bilevel
-from benchmarks.problems import CASES, EVERY, INNER, STEPS, outcome
+from benchmarks.larger import EVERY
+from benchmarks.problems import CASES, INNER, STEPS, outcome
 from benchmarks.report import write
 from benchmarks.rivals import RIVALS
 from bilevel.presets import DEFAULT

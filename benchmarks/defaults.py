@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import bilevel
-from benchmarks.problems import EVERY, INNER, STEPS, Case, distillation, outcome, representation
+from benchmarks.larger import EVERY
+from benchmarks.problems import INNER, STEPS, Case, distillation, outcome, representation
 from benchmarks.report import write
 from bilevel.linear import Product
 from bilevel.method import Method
@@ -35,10 +36,12 @@ class Convex(bilevel.ConjugateGradient):
     """As if g_yy were positive definite: what there is before a direction of negative curvature."""
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
-        return self._steps(product, b, q0, 0.0)[0]
+        return self._steps(product, b, q0, 0.0, self.rtol, self.steps)[0]
 
 
-def cg(steps: int, rtol: float, average: int | Literal["auto"] = "auto") -> bilevel.Implicit:
+def cg(
+    steps: int, rtol: float | Literal["auto"], average: int | Literal["auto"] = "auto"
+) -> bilevel.Implicit:
     return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol), average=average)
 
 
@@ -69,6 +72,7 @@ def variants() -> dict[str, Method]:
         "reset fixed": armijo(reset="fixed"),
         "start 1e-4": bilevel.bisls("adam", 1e-4, 1e-4),
         "start 1e4": bilevel.bisls("adam", 1e4, 1e4),
+        "CG rtol 0.1": bilevel.bisls("adam", hypergradient=cg(20, 0.1)),
         "CG rtol 1e-3, 50 steps": bilevel.bisls("adam", hypergradient=cg(50, 1e-3)),
         "CG rtol 1e-4, 100 steps": bilevel.bisls("adam", hypergradient=cg(100, 1e-4)),
         "CG rtol 0.3": bilevel.bisls("adam", hypergradient=cg(20, 0.3)),
@@ -80,9 +84,9 @@ def variants() -> dict[str, Method]:
             "adam", hypergradient=bilevel.Implicit(Convex(20, 0.1), average="auto")
         ),
         "unrolled": bilevel.bisls("adam", hypergradient=bilevel.Unrolled()),
-        "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 1)),
-        "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 2)),
-        "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, 0.1, 4)),
+        "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(20, "auto", 1)),
+        "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, "auto", 2)),
+        "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, "auto", 4)),
         "beta1 = 0": adam(beta1=0.0),
         "beta1 = 0.9": adam(beta1=0.9),
         "eps = 1e-8": adam(eps=1e-8),

@@ -17,7 +17,8 @@ import torch
 
 import bilevel
 from benchmarks.contest import Cell
-from benchmarks.problems import EVERY, INNER, STEPS, Case
+from benchmarks.larger import EVERY
+from benchmarks.problems import INNER, STEPS, Case
 from benchmarks.report import write
 
 Watched = list[tuple[float, bilevel.Record]]

@@ -89,7 +89,7 @@ def changed(case: Case, change: Change) -> Case:
     return replace(case, outer=outer, inner=inner, x=x, y=y, objective=objective)
 
 
-ENDED: dict[tuple[Any, ...], dict[str, float]] = {}  # runs from the state after one iteration
+ENDED: dict[tuple[Any, ...], dict[str, float]] = {}  # runs from the state after two iterations
 
 
 def run(job: tuple[str, str, Change, int, int]) -> dict[str, float]:
@@ -101,11 +101,12 @@ def run(job: tuple[str, str, Change, int, int]) -> dict[str, float]:
     rule = bilevel.bisls(direction, *change.starts)
     if change.what not in ("none", "starts"):
         return outcome(case, rule, steps, change.inner_steps, seed)
-    # first steps are forgotten where the state after one iteration is the same to the last bit
-    state = case.solve(rule, steps=1, inner_steps=change.inner_steps, seed=seed).state
+    # first steps are forgotten where the state after two iterations is the same to the last bit; in
+    # the first x may wait for y
+    state = case.solve(rule, steps=2, inner_steps=change.inner_steps, seed=seed).state
     tensors = (*state.vectors, state.q, *state.moments[:2])
     bits = b"".join(t.numpy().tobytes() for t in tensors if t is not None)
-    bits += repr((state.outer_last, state.inner_last, state.noise)).encode()
+    bits += repr((state.outer_last, state.inner_last, state.noise, state.learned)).encode()
     key = (name, method, steps, seed, bits)
     if key not in ENDED:
         ENDED[key] = outcome(case, rule, steps, change.inner_steps, seed)
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> None:
 
 def summary(runs: list[dict[str, float]], seeds: int) -> dict[str, Any]:
     """Over seeds; ``best`` and ``worst`` are means over the seeds of the best and worst start;
-    ``different`` counts objectives, or, of first steps, states after one iteration."""
+    ``different`` counts objectives, or, of first steps, states after two iterations."""
     values = [r["objective"] for r in runs]
     by_seed = [values[seed::seeds] for seed in range(seeds)]
     return {

@@ -17,7 +17,7 @@ from bilevel.average import Average
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import CONCAVE, ConjugateGradient, StochasticNeumann
+from bilevel.linear import CONCAVE, ConjugateGradient, Learned, StochasticNeumann
 from bilevel.method import Method, State, _failure
 from bilevel.noise import MOST, Noise, settles
 from bilevel.problem import Cost, Oracle, Problem, is_small
@@ -73,7 +73,7 @@ class Chunks:
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
         self.most = 1 if singly else SLOTS
         self.seconds = 0.0  # of one iteration, as last seen
-        self._prepared: dict[tuple[bool, bool], _Prepared] = {}  # for joined.loop, .watched
+        self._prepared: dict[tuple[bool, ...], _Prepared] = {}  # for all of joined but how many
         self.usable = True
         if reason := _unfit(method, problem, state):
             self._refuse(reason)
@@ -89,7 +89,7 @@ class Chunks:
 
     def __call__(self, state: State, batches: Batches, limit: int) -> tuple[State, list[Record]]:
         """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
-        if self.usable and state.concave > CONCAVE:
+        if self.usable and state.learned.concave > CONCAVE:
             self._refuse(
                 "the inner loss is concave in places, where linear systems are solved otherwise"
             )
@@ -97,7 +97,7 @@ class Chunks:
         if count:
             joined = self._joined(state, batches)
             form, tensors = _parts(batches, joined.loop)
-            ready = self._prepared.get(joined[:2])
+            ready = self._prepared.get(joined[:3])
             if ready is None:
                 ready = self._prepare(state, batches, form, tensors, joined)
             if ready is not None and form == ready.form:
@@ -132,9 +132,11 @@ class Chunks:
     def _joined(self, state: State, batches: Batches) -> _Joined:
         count, more = self.method.wanted(state)
         given = len(batches[2] or [None])
+        watched = more > 0 and given > count
+        still = batches[1][0] is None or (more > 0 and not watched)
         if self._implicit.average == 1:
-            return _Joined(False, False, 1)
-        return _Joined(given > 1, more > 0 and given > count, min(count, given))
+            return _Joined(False, False, still, 1)
+        return _Joined(given > 1, watched, still, min(count, given))
 
     def _prepare(
         self, state: State, batches: Batches, form: Any, tensors: Any, joined: _Joined
@@ -178,13 +180,14 @@ class Chunks:
             self.fresh,
             joined.loop,
             joined.watched,
+            joined.still,
             isinstance(self._implicit.solver, ConjugateGradient)
             and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
         ready = _Prepared(graph, form, stacks, slots)
-        self._prepared[joined[:2]] = ready
+        self._prepared[joined[:3]] = ready
         return ready
 
     def _several(
@@ -227,7 +230,7 @@ class Chunks:
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
-        known = state.noise.level, state.noise.terms, state.concave
+        known = state.noise.level, state.noise.terms, *state.learned
         scalars = torch.tensor(
             [state.k, *lasts, moments.n, terms, gain, state.failures, *known], dtype=torch.float64
         )
@@ -251,7 +254,7 @@ class Chunks:
 
         _, _, rows, scalars, x, y, q, *rest = outcome
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.tolist()
-        noise, noises, concave = known
+        noise, noises, concave, halvings = known
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
@@ -303,17 +306,18 @@ class Chunks:
             state.seconds + spent,
             int(failures),
             Noise(state.noise.batches, noise, int(noises)).settle(int(k) - 1),
-            concave,
+            Learned(concave, int(halvings)),
         )
         return new, records
 
 
 class _Joined(NamedTuple):
     """Whether the Hessian batches of an iteration are joined, in a loop of the graph; whether one
-    more judges them; and how many they are."""
+    more judges them; whether there is none to do so; and how many they are."""
 
     loop: bool
     watched: bool
+    still: bool
     many: int
 
 

@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
-from bilevel.linear import CONCAVE
+from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method, is_behind
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
@@ -30,7 +30,7 @@ from bilevel.traced import Counted, Run, Traced, move
 # that there is not yet is NaN
 SCALARS = (
     *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
-    *("noise", "noises", "concave"),
+    *("noise", "noises", "concave", "halvings"),
 )
 # what is reported of each, as one row of float64
 COLUMNS = (
@@ -50,7 +50,8 @@ class Iterations:
         slots: iterations in one call at most.   steps: inner steps in each.
         moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
         joins: whether the Hessian batches are averaged, as many as the call says; watches:
-            whether one more judges them.   matrix: whether g_yy is one, being small.
+            whether one more judges them; still: whether g is the same for all there are.
+        matrix: whether g_yy is one, being small.
     """
 
     method: Method
@@ -64,6 +65,7 @@ class Iterations:
     fresh: bool
     joins: bool
     watches: bool
+    still: bool
     matrix: bool
 
     def __call__(
@@ -119,7 +121,7 @@ class Iterations:
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
-        noise, noises, concave = known
+        noise, noises, concave, halvings = known
         outer = self._draw(0, stacks, i)
         fixed = max(1, self.counts[1])
         drawn = joined + int(self.watches) if self.joins else fixed
@@ -156,7 +158,8 @@ class Iterations:
         inner_last_new, spoiled, beta, inner_trials, inner_failures = tally.unbind()
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
-        solver = Counted(self.method.hypergradient.solver, concave)  # type: ignore[attr-defined]
+        learned = Learned(concave, halvings)
+        solver = Counted(self.method.hypergradient.solver, learned)  # type: ignore[attr-defined]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
@@ -172,12 +175,13 @@ class Iterations:
 
         # the outer step
         rule, follow = self.method.outer_rule, None
+        apart: Tensor | float = torch.nan
         slope = torch.dot(h.grad, d)
         if isinstance(rule, Armijo):
             if self.method.response == "frozen":
                 slope = torch.dot(h.direct, d)
             else:
-                slope, follow = h.respond(d)
+                slope, apart, follow = h.respond(d)
                 solver.counts.append(1)  # g_yx d
 
         def reach(t: Tensor) -> tuple[Tensor, Tensor, Tensor | bool]:
@@ -243,6 +247,7 @@ class Iterations:
                 torch.where(finite, noise_new, noise),
                 torch.where(finite, noises_new, noises),
                 torch.where(finite, solver.concave[-1].double(), concave),
+                torch.where(finite & self.still, learned.judge(apart).halvings, halvings),
             ]
         )
         row = {
@@ -286,7 +291,7 @@ def _corrected(
 
     def correct(go: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
         assert h.newton is not None
-        counted = Counted(solver.solver, counts[2])
+        counted = Counted(solver.solver, Learned(counts[2], solver.halvings))
         s, _ = h.newton(counted)
         products = torch.zeros_like(counts[0]) + sum(counted.counts)
         best = oracle.value("inner", x, y, judge)

@@ -10,6 +10,7 @@ hypergradient predicts, so that it cannot fail for want of a descent direction:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -18,13 +19,23 @@ import torch
 from torch import Tensor
 
 from bilevel import require
-from bilevel.linear import PRODUCTS, Concave, Neumann, Solver, curvature, watched
+from bilevel.linear import PRODUCTS, UNTAUGHT, Learned, Neumann, Solver, curvature, watched
 from bilevel.problem import Draw, Oracle, Products
 
 # (t, x + t d) -> y(t), and whether it can be trusted
 Follow = Callable[["float | Tensor", Tensor], tuple[Tensor, "Tensor | bool"]]
-# along a direction d of x: the slope of f(x + t d, y(t)) at t = 0, and y(t)
-Respond = Callable[[Tensor], tuple[Tensor, Follow]]
+
+
+class Course(NamedTuple):
+    """Along a direction d of x: the slope of f(x + t d, y(t)) at t = 0; how far two estimates of
+    it are apart, relative to it, NaN where there are not two; and y(t)."""
+
+    slope: Tensor
+    apart: Tensor | float
+    follow: Follow
+
+
+Respond = Callable[[Tensor], Course]
 
 
 HYPERGRADIENTS = "a linear solver as bilevel.Implicit(solver), or Unrolled() or FiniteDifference()"
@@ -51,11 +62,10 @@ class Estimate:
         q: solution of that system, to go on from.   respond: see :data:`Respond`.
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
             has no solution to be behind of.
-        newton: () -> s with g_yy s = -g_y, on the way to y*(x), and ``concave``; takes another
+        newton: () -> s with g_yy s = -g_y, on the way to y*(x), and ``learned``; takes another
             solver, too.
         elsewhere: another draw -> <q, g_yy q> there over <q, g_yy q> here, less one; lag there.
-        concave: largest |negative curvature| of g seen, over its largest curvature; the last
-            is what is known, to which the system of ``respond`` adds.
+        learned: from the systems; the last is what is known, to which that of ``respond`` adds.
     """
 
     grad: Tensor
@@ -66,9 +76,9 @@ class Estimate:
     q: Tensor | None
     respond: Respond
     lag: Tensor | None = None
-    newton: Callable[..., tuple[Tensor, Concave]] | None = None
+    newton: Callable[..., tuple[Tensor, Learned]] | None = None
     elsewhere: Callable[[Draw], tuple[Tensor, Tensor]] | None = None
-    concave: list[Concave] = field(default_factory=lambda: [0.0])
+    learned: list[Learned] = field(default_factory=lambda: [Learned()])
 
 
 class Hypergradient(Protocol):
@@ -77,7 +87,7 @@ class Hypergradient(Protocol):
     ``keep`` says what is to be kept of each inner step of the window: nothing, its start point,
     or also its graph. ``batches``: independent inner batches wanted beside those of the steps;
     'auto': as many as :class:`bilevel.noise.Noise` says. ``estimate`` is given, of the estimate
-    before, ``q`` and ``concave``.
+    before, ``q`` and what was learned.
     """
 
     @property
@@ -96,7 +106,7 @@ class Hypergradient(Protocol):
         inner: Sequence[Draw],
         path: Sequence[InnerStep],
         q0: Tensor | None,
-        concave: Concave = 0.0,
+        learned: Learned = UNTAUGHT,
     ) -> Estimate: ...
 
 
@@ -155,7 +165,7 @@ class Implicit:
         inner: Sequence[Draw],
         path: Sequence[InnerStep],
         q0: Tensor | None,
-        concave: Concave = 0.0,
+        learned: Learned = UNTAUGHT,
     ) -> Estimate:
         del path
         value, fx, fy = oracle.outer_gradients(x, y, outer)
@@ -171,8 +181,8 @@ class Implicit:
             return others[j].product(u)
 
         guess = q0 if getattr(self.solver, "warm_start", False) else None
-        q, concave = watched(self.solver, product, fy, guess, concave)
-        known = [concave]  # not on the estimate: a cycle would keep its graphs until collected
+        q, learned = watched(self.solver, product, fy, guess, learned)
+        known = [learned]  # not on the estimate: a cycle would keep its graphs until collected
         gxy_q, gyy_q = pull.both(q)
         norm = torch.linalg.vector_norm(fy)
         error = torch.linalg.vector_norm(gyy_q - fy)
@@ -180,13 +190,15 @@ class Implicit:
 
         fyq = torch.dot(fy, q)
 
-        def respond(d: Tensor) -> tuple[Tensor, Follow]:
+        def respond(d: Tensor) -> Course:
             c = -pull.forward(d)
             w, now = watched(self.solver, product, c, None, known[-1])
             known.append(now)
             # <f_y, w> and <q, c> are the same number but for the errors of the two solves; the
             # smallest change of w, in the norm of g_yy, that makes them agree lies along q
-            w = w + torch.where(fyq > 0, (torch.dot(q, c) - torch.dot(fy, w)) / fyq, 0.0) * q
+            fixed, missed = torch.dot(fx, d), torch.dot(q, c) - torch.dot(fy, w)
+            apart = missed.abs() / (fixed + torch.dot(q, c)).abs()
+            w = w + torch.where(fyq > 0, missed / fyq, 0.0) * q
             drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
 
             def follow(t: float | Tensor, xt: Tensor) -> tuple[Tensor, Tensor | bool]:
@@ -198,9 +210,9 @@ class Implicit:
                 rounding = 8 * torch.finfo(y.dtype).eps * stayed.abs()
                 return yt, moved <= stayed + rounding
 
-            return torch.dot(fx, d) + torch.dot(fy, w), follow
+            return Course(fixed + torch.dot(fy, w), apart, follow)
 
-        def newton(solver: Solver = self.solver) -> tuple[Tensor, Concave]:
+        def newton(solver: Solver = self.solver) -> tuple[Tensor, Learned]:
             return watched(solver, product, -pull.gradient, None, known[-1])
 
         def elsewhere(other: Draw) -> tuple[Tensor, Tensor]:
@@ -331,9 +343,9 @@ class Unrolled:
         inner: Sequence[Draw],
         path: Sequence[InnerStep],
         q0: Tensor | None,
-        concave: Concave = 0.0,
+        learned: Learned = UNTAUGHT,
     ) -> Estimate:
-        del inner, q0, concave
+        del inner, q0, learned
         value, direct, adjoint = oracle.outer_gradients(x, y, outer)
         grad = direct
         inner_value = None
@@ -344,13 +356,13 @@ class Unrolled:
             grad = grad - size * gxy
             adjoint = adjoint - size * gyy
 
-        def respond(d: Tensor) -> tuple[Tensor, Follow]:
+        def respond(d: Tensor) -> Course:
             def replay(t: float | Tensor, xt: Tensor) -> tuple[Tensor, bool]:
                 y_t = path[0].y if path else y
                 for _, draw, size, _ in path:
                     y_t = y_t - size * oracle.inner_gradient(xt, y_t, draw)[1]
                 return y_t, True
 
-            return torch.dot(grad, d), replay
+            return Course(torch.dot(grad, d), math.nan, replay)
 
         return Estimate(grad, direct, value, inner_value, None, None, respond)

@@ -130,10 +130,13 @@ class Layout:
     def parts(self, vector: Tensor) -> list[Tensor]:
         """The leaves as views of ``vector`` (casts where a leaf has a type of its own)."""
         pieces = [vector] if len(self.sizes) == 1 else vector.split(self.sizes)
-        return [
-            piece.view(shape) if dtype == vector.dtype else piece.view(shape).to(dtype)
-            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        shaped = [  # a view that changes nothing is a node more for every derivative
+            piece if piece.shape == shape else piece.view(shape)
+            for piece, shape in zip(pieces, self.shapes, strict=True)
         ]
+        if self.dtypes == [vector.dtype] * len(shaped):
+            return shaped
+        return [piece.to(dtype) for piece, dtype in zip(shaped, self.dtypes, strict=True)]
 
     def unflatten(self, vector: Tensor) -> Any:
         """The tree of views of ``vector``; for a Module, a dict of its parameters by name."""

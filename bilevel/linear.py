@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,36 @@ PRODUCTS = ", which counts products with the Hessian, such as 10"
 Concave = float | Tensor  # largest |negative curvature| seen, over the largest curvature
 CONCAVE = 1e-4  # of it is more than rounding
 FLOOR = 3e-3  # share of the largest curvature that is told from nothing where g is concave, too
+LOOSE = 0.1  # relative residual to begin with where it is to be found out
+MOST_HALVINGS = 10
+
+
+class Learned(NamedTuple):
+    """What the systems of a run have taught for the next.
+
+    Attributes:
+        concave: largest |negative curvature| of g seen, over its largest curvature.
+        halvings: of the relative residual that is enough, for a solver with ``rtol='auto'``.
+    """
+
+    concave: Concave = 0.0
+    halvings: int | Tensor = 0
+
+    def judge(self, apart: Any) -> Learned:
+        """After an iteration in which two estimates of one slope were ``apart``, relative to it;
+        NaN where that is not known. Numbers or tensors.
+
+        The slope along d is <f_x, d> and either <f_y, w> or <q, -g_yx d>: with the errors of one
+        system, or of the other. Where they tell different stories the hypergradient may point
+        anywhere; where they agree, a closer solution would be a waste.
+        """
+        solved = self.concave <= CONCAVE  # otherwise q and w are no solutions
+        more = solved & (apart > 0.5) & (self.halvings < MOST_HALVINGS)
+        less = solved & (apart < 0.1) & (self.halvings > 0)
+        return self._replace(halvings=self.halvings + 1 * more - 1 * less)
+
+
+UNTAUGHT = Learned()
 
 
 def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
@@ -35,13 +65,18 @@ def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None
 
 
 def watched(
-    solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None, concave: Concave = 0.0
-) -> tuple[Tensor, Concave]:
-    """The same, and how concave the inner loss has been seen by then, which conjugate gradients can
-    tell: see :meth:`ConjugateGradient.watched`."""
+    solver: Solver,
+    product: Product,
+    b: Tensor,
+    q0: Tensor | None = None,
+    learned: Learned = UNTAUGHT,
+) -> tuple[Tensor, Learned]:
+    """The same, and what is known by then, which conjugate gradients can tell and use: see
+    :meth:`ConjugateGradient.watched`."""
     cg = ConjugateGradient
     if isinstance(solver, cg) and type(solver).__call__ is cg.__call__:  # not a subclass's own
-        q, concave = solver.watched(product, b, q0, concave)
+        q, concave = solver.watched(product, b, q0, learned)
+        learned = learned._replace(concave=concave)
     else:
         q = solver(product, b, q0)
     if not isinstance(q, Tensor) or q.shape != b.shape or q.dtype != b.dtype:
@@ -51,7 +86,7 @@ def watched(
             f"the linear solver {require.shown(solver)} returned {got}, but the right side has "
             f"shape {tuple(b.shape)} of {b.dtype}; return a q of that shape and type.",
         )
-    return q, concave
+    return q, learned
 
 
 def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
@@ -228,8 +263,10 @@ class ConjugateGradient:
     method of Lanczos, with as many products and a vector held for each.
 
     Args:
-        steps: products at most, >= 1.
-        rtol: relative residual that is enough after the first step, in [0, 1).
+        steps: products at most, >= 1; where ``rtol`` is 'auto', so many for each of its digits.
+        rtol: relative residual that is enough after the first step, in [0, 1). 'auto': a tenth,
+            which a method halves and doubles from one iteration to the next, down to 1e-4, as
+            :meth:`Learned.judge` says, where g has no batches, or but one for ``average='auto'``.
         warm_start: go on from the solution of the previous iteration where a method has one.
 
     Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here; Dauphin et al. 2014
@@ -237,56 +274,80 @@ class ConjugateGradient:
     """
 
     steps: int = 20
-    rtol: float = 1e-6
+    rtol: float | Literal["auto"] = 1e-6
     warm_start: bool = True
 
     def __post_init__(self) -> None:
         require.whole("ConjugateGradient", "steps", self.steps, hint=PRODUCTS)
-        hint = ", a relative residual; 0 takes every step"
-        require.number("ConjugateGradient", "rtol", self.rtol, "[0, 1)", hint)
+        if not (isinstance(self.rtol, str) and self.rtol == "auto"):
+            hint = ", a relative residual, of which 0 takes every step, or 'auto'"
+            require.number("ConjugateGradient", "rtol", self.rtol, "[0, 1)", hint)
         require.flag("ConjugateGradient", "warm_start", self.warm_start)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         return self.watched(product, b, q0)[0]
 
     def watched(
-        self, product: Product, b: Tensor, q0: Tensor | None = None, concave: Concave = 0.0
+        self,
+        product: Product,
+        b: Tensor,
+        q0: Tensor | None = None,
+        learned: Learned = UNTAUGHT,
     ) -> tuple[Tensor, Concave]:
         """The solution, and how concave g was seen to be.
 
         Args:
-            concave: what is known of that before, so that no products are lost on finding out.
+            learned: before; where g is known to be concave no products are lost on finding out.
 
         Returns:
-            q, and the largest |negative curvature| seen over the largest curvature, or ``concave``.
+            q, and the largest |negative curvature| seen over the largest curvature, or
+            ``learned.concave``.
         """
+        concave = learned.concave
+        rtol, steps = self.aims(learned.halvings)
         if concave <= CONCAVE:
-            q, found = self._steps(product, b, q0, concave)
+            q, found = self._steps(product, b, q0, concave, rtol, steps)
             if isinstance(found, Tensor) and (found.requires_grad or not _visible(found)):
                 return q, found
             if found <= CONCAVE:
                 return q, float(found)
-        return self._absolute(product, b, float(concave))
+        return self._absolute(product, b, float(concave), rtol, steps)
+
+    def aims(self, halvings: Any) -> tuple[Any, Any]:
+        """The relative residual that is enough, and the products to get there at most. Numbers or
+        tensors."""
+        if self.rtol != "auto":
+            return self.rtol, self.steps
+        # a halving is 0.3 of a digit
+        return LOOSE * 0.5**halvings, self.steps + 3 * self.steps * halvings // 10
 
     def _steps(
-        self, product: Product, b: Tensor, q0: Tensor | None, concave: Concave
+        self,
+        product: Product,
+        b: Tensor,
+        q0: Tensor | None,
+        concave: Concave,
+        rtol: float,
+        steps: int,
     ) -> tuple[Tensor, Concave]:
-        enough, state = self.begin(product, b, q0)
+        enough, state = self.begin(product, b, q0, rtol)
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
-            q, top, low = self._on_host(product, float(enough), state)
+            q, top, low = self._on_host(product, float(enough), state, steps)
             return q, max(float(concave), -low / top) if top > 0 else concave
-        for i in range(self.steps):
+        for i in range(steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
             if i % 5 == 4 and _visible(state[4]) and not state[4]:
                 break
             state = self.advance(product, enough, state)
         return state[0], seen(concave, *state[5:])
 
-    def _absolute(self, product: Product, b: Tensor, concave: float) -> tuple[Tensor, float]:
+    def _absolute(
+        self, product: Product, b: Tensor, concave: float, rtol: float, steps: int
+    ) -> tuple[Tensor, float]:
         """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
-        products = min(self.steps, b.numel())
+        products = min(steps, b.numel())
         z = b.new_zeros(1)
         for i in range(1, products + 1):
             lanczos.advance()
@@ -298,13 +359,13 @@ class ConjugateGradient:
             floor = max(min(concave, FLOOR) * top, torch.finfo(b.dtype).tiny)
             z = vectors @ (vectors[0] / ritz.abs().clamp_min(floor))
             # where g_yy is positive definite after all, this is the relative residual
-            if float(lanczos.betas[-1] * z[-1].abs()) <= self.rtol:
+            if float(lanczos.betas[-1] * z[-1].abs()) <= rtol:
                 break
         q = torch.linalg.vector_norm(b) * (torch.stack(lanczos.basis[: len(z)]).T @ z)
         return q, concave
 
     def begin(
-        self, product: Product, b: Tensor, q0: Tensor | None
+        self, product: Product, b: Tensor, q0: Tensor | None, rtol: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The squared residual that is enough, and the state of the steps: (q, residual, direction,
         squared norm of the residual, whether to go on, largest |curvature| seen, lowest)."""
@@ -319,7 +380,7 @@ class ConjugateGradient:
             low = torch.where(curved < 0, curved / torch.dot(q0, q0), 0.0)
         rr = torch.dot(r, r)
         # even a good guess takes one step, so that over the iterations of a method q converges
-        return self.rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0, -low, low)
+        return rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0, -low, low)
 
     def advance(
         self, product: Product, enough: Tensor, state: tuple[Tensor, ...]
@@ -342,14 +403,14 @@ class ConjugateGradient:
         return q, r, p, new, active, top, low
 
     def _on_host(
-        self, product: Product, enough: float, state: tuple[Tensor, ...]
+        self, product: Product, enough: float, state: tuple[Tensor, ...], steps: int
     ) -> tuple[Tensor, float, float]:
         """:meth:`advance` with Python's numbers: on the CPU its small tensors cost what a product
         of a small problem does. q, and the largest |curvature| and the lowest."""
         q, r, p = state[:3]
         rr, low = float(state[3]), float(state[6])
         top, eps = -low, torch.finfo(q.dtype).eps
-        for _ in range(self.steps if rr > 0 else 0):
+        for _ in range(steps if rr > 0 else 0):
             Hp = product(p)
             pHp, pp = float(torch.dot(p, Hp)), float(torch.dot(p, p))
             if math.isfinite(pHp) and pp > 0:

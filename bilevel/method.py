@@ -19,7 +19,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
-from bilevel.linear import Concave
+from bilevel.linear import CONCAVE, Learned
 from bilevel.noise import Noise
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
@@ -66,7 +66,7 @@ class State:
     seconds: float = 0.0
     failures: int = 0  # outer searches that failed, one after the other
     noise: Noise = Noise()  # of the Hessian, where the batches that it averages are 'auto'
-    concave: float = 0.0  # largest |negative curvature| of g seen, over its largest curvature
+    learned: Learned = Learned()  # of the linear systems
 
     @property
     def x(self) -> Variable:
@@ -190,7 +190,7 @@ class Method:
         hessian = oracle.distinct(given)
         count, more = self.wanted(state)
         hessian, others = hessian[:count], hessian[count : count + more]
-        h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.concave)
+        h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.learned)
         d, moments = self.direction(h.grad, state.moments)
         searches = self.outer_rule.searches(state.k, state.outer_last)
         if searches and oracle.problem.project is not None:
@@ -229,18 +229,23 @@ class Method:
                     lag,
                     lag_there,
                     excess,
+                    trials.apart,
                 )
             ]
         ).tolist()
         value, inner_value, norm, alpha, beta, residual, finite, *numbers = numbers
-        difference, slope, here, there, excess = numbers
+        difference, slope, here, there, excess, apart = numbers
         failure = _failure(value, inner_value, norm, finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
+        still = draws[0].batch is None or (more > 0 and not others)  # g is the same everywhere
         behind = is_behind(here, there, alpha * abs(slope))
         if self.corrects and behind and not (numeric or move.failed):
-            new_y, concave = corrected(oracle, new_x, new_y, h, draws[0])
-            h.concave.append(concave)
+            if state.k == 0 and still and h.learned[-1].concave <= CONCAVE:
+                # y comes from the user's start: h is of another place than y*(x), and x waits
+                new_x, new_y, move, alpha = x, y, Move(0.0, None, move.trials), 0.0
+            new_y, learned = corrected(oracle, new_x, new_y, h, draws[0])
+            h.learned.append(learned)
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -262,6 +267,9 @@ class Method:
         )
         if numeric:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
+        learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
+        if still:  # noise, where there is some, is not to be fitted closer
+            learned = learned.judge(apart)
         if average and math.isfinite(difference):
             average = average.compare(difference).add(oracle, x, y)
         elif self.averages and noisy:
@@ -281,7 +289,7 @@ class Method:
                 state.seconds,
                 state.failures + 1 if move.failed else 0,
                 state.noise.add(excess, len(hessian)).settle(state.k),
-                max(state.concave, float(h.concave[-1])),
+                learned,
             ),
             record,
         )
@@ -345,9 +353,9 @@ def is_behind(here: Any, there: Any, gain: Any) -> Any:
 
 def corrected(
     oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw
-) -> tuple[Tensor, Concave]:
-    """y + s or y + s/4 with the Newton step g_yy s = -g_y, or y: the first that is better; and how
-    concave g was seen to be by then.
+) -> tuple[Tensor, Learned]:
+    """y + s or y + s/4 with the Newton step g_yy s = -g_y, or y: the first that is better; and what
+    is known of the systems by then.
 
     The inner steps bring y near y*(x) as slowly as g is ill-conditioned, and where f gains by y
     staying behind, x drifts to where they are slower still. One more system with the matrix of
@@ -357,12 +365,12 @@ def corrected(
         x, y: where the outer step has led to.   h: the hypergradient before it.
     """
     if h.newton is None:
-        return y, h.concave[-1]
-    (s, concave), best = h.newton(), oracle.value("inner", x, y, judge)
+        return y, h.learned[-1]
+    (s, learned), best = h.newton(), oracle.value("inner", x, y, judge)
     for t in (1.0, 0.25):
         if bool(oracle.value("inner", x, y + t * s, judge) < best):
-            return y + t * s, concave
-    return y, concave
+            return y + t * s, learned
+    return y, learned
 
 
 def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:

@@ -15,9 +15,10 @@ from bilevel.trials import Response
 
 Direction = Literal["adam", "sgd"]
 
-# Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy.
+# Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy;
+# closer where there is no noise and that is not enough to know the slope.
 # As many batches as their Hessian's noise asks for: what one misses can cost more than its products
-DEFAULT = Implicit(ConjugateGradient(steps=20, rtol=0.1), average="auto")
+DEFAULT = Implicit(ConjugateGradient(steps=20, rtol="auto"), average="auto")
 
 # Little momentum and a bounded preconditioner: a searched step needs a direction of descent
 SEARCHED_ADAM = Adam(beta1=0.5, beta2=0.999, eps=1e-2, normalised=True)
@@ -48,9 +49,9 @@ def bisls(
             response y(alpha) that the hypergradient differentiates.
         reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' on the tangent
             twice it), 'last', 'fixed'.
-        hypergradient: None: implicit, by conjugate gradients to a relative
-            residual of 0.1 in at most 20 steps, g averaged over as many inner batches as its
-            noise asks for.
+        hypergradient: None: implicit, by conjugate gradients to a relative residual of 0.1 in at
+            most 20 steps, or less where g has no noise and the slope asks for it; g averaged over
+            as many inner batches as its noise asks for.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.
         inner_solver: your own way to y instead of gradient steps: a torch.optim.Optimizer class; a
             function(parameters) that makes an optimizer, or a pair of one and a scheduler; or a

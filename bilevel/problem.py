@@ -361,7 +361,7 @@ class Pullback:
     """:class:`Products` from one recorded graph of g_y: each costs about one gradient.
 
     Where y is small and so is all else, that is the time of its dispatch, and the Hessian itself,
-    its rows in one pass, that of a few products. It is had after a quarter as many as it has rows.
+    its rows in one pass, that of a few products. It is had after an eighth as many as it has rows.
     """
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> None:
@@ -379,7 +379,7 @@ class Pullback:
         """g_yy u, shape of y."""
         self._cost.hessian_products += self._count
         self._products += 1
-        many = 4 * self._products > u.numel()
+        many = 8 * self._products > u.numel()
         if many and self._hessian is None and is_small(self._habit, self._y):
             self._hessian = self._rows()
         if self._hessian is not None:

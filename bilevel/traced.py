@@ -17,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.func import grad_and_value
 
 from bilevel.compiled import second_derivatives
-from bilevel.linear import ConjugateGradient, Product, Solver, seen
+from bilevel.linear import ConjugateGradient, Learned, Product, Solver, seen
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import NEAR, Armijo, Fixed, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
@@ -142,10 +142,12 @@ class TracedProducts:
 class Counted:
     """A solver with its products counted; conjugate gradients as a loop of the graph."""
 
-    def __init__(self, solver: Solver, concave: Tensor) -> None:
+    def __init__(self, solver: Solver, learned: Learned) -> None:
         self.solver = solver
+        self.halvings = learned.halvings
         self.counts: list[Tensor | int] = []
-        self.concave = [concave]  # as seen so far, the last; a list, as torch 2.13 forgets here
+        # as seen so far, the last; a list, as torch 2.13 forgets here
+        self.concave = [torch.as_tensor(learned.concave)]
 
     @property
     def warm_start(self) -> bool:
@@ -162,18 +164,20 @@ class Counted:
             return solver(counted, b, q0)
 
         def going(i: Tensor, *state: Tensor) -> Tensor:
-            return (i < solver.steps) & state[4]
+            return (i < steps) & state[4]
 
         def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             return i + 1, *solver.advance(product, enough, state)
 
-        enough, begun = solver.begin(product, b, q0)
+        rtol, steps = solver.aims(self.halvings)
+        enough, begun = solver.begin(product, b, q0, rtol)
+        enough = enough.to(b.dtype)
         state = [part.clone() for part in begun]
-        if solver.steps == 1:  # a loop costs more than its only step
-            steps, last = state[4].long(), solver.advance(product, enough, tuple(state))
+        if solver.steps == 1 and solver.rtol != "auto":  # a loop costs more than its only step
+            taken, last = state[4].long(), solver.advance(product, enough, tuple(state))
         else:
-            steps, *last = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
-        self.counts.append(steps + int(q0 is not None))
+            taken, *last = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
+        self.counts.append(taken + int(q0 is not None))
         self.concave.append(seen(self.concave[-1], *last[5:]))
         return last[0]
 

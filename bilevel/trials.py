@@ -45,9 +45,10 @@ class Trials:
         self._projects = oracle.problem.project is not None
         self._seen: dict[float, tuple[Tensor, Tensor | None]] = {}
         self._follow = None
+        self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
         slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
         if response == "tangent":
-            slope, self._follow = h.respond(d)
+            slope, self.apart, self._follow = h.respond(d)
         value = h.value
         if response == "refine":  # base and trial on the same map y(t), or no t may do
             value = self.phi(0.0)
@@ -75,7 +76,7 @@ class Trials:
         if self._follow is None or t == 0:
             return self._y
         if bent:  # the tangent along the arc that the projection bends
-            yt, trusted = self._h.respond(xt - self._x)[1](1.0, xt)
+            yt, trusted = self._h.respond(xt - self._x).follow(1.0, xt)
         else:
             yt, trusted = self._follow(t, xt)
         return yt if bool(trusted) else None

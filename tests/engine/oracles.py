@@ -6,6 +6,7 @@ They are functions so that the tests and the planted bugs (test_planted_bugs.py)
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def tangent_slope(method, case: Case) -> None:
     rng = torch.Generator().manual_seed(9)
     scale = 1e-3 * float(torch.linalg.vector_norm(X) / torch.linalg.vector_norm(h.grad))
     for d in (-scale * h.grad, 1e-3 * torch.randn(len(X), generator=rng, dtype=X.dtype)):
-        slope, follow = h.respond(d)
+        slope, _, follow = h.respond(d)
 
         def phi(t: float, d=d, follow=follow) -> float:
             y, trusted = follow(t, X + t * d)
@@ -113,7 +114,7 @@ def solved_by_newton() -> None:
     method = bilevel.bisls("sgd", hypergradient=Implicit(ConjugateGradient(200, 0.0)))
     for inner_steps in (1, 5):
         far = 10 * flat(QUADRATIC.y)  # behind by more than the step gains, after any steps here
-        state = method.init(QUADRATIC.x, far)
+        state = replace(method.init(QUADRATIC.x, far), k=1)  # in a first iteration x would wait
         problem = Problem(QUADRATIC.outer, QUADRATIC.inner)
         state, record = method.step(problem, state, None, inner_steps)
         assert record.outer_step > 0

@@ -13,7 +13,7 @@ from bilevel import Problem, chunks, graph
 from bilevel.chunks import Chunks
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import Layout
-from bilevel.linear import ConjugateGradient, Neumann
+from bilevel.linear import ConjugateGradient, Learned, Neumann
 from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
 from bilevel.traced import Counted, Traced
@@ -198,7 +198,7 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
     oracle = Oracle(Problem(lambda x, y: y.sum(), inner), Layout(x, "x"), Layout(y, "y"))
     h = Estimate(*(None,) * 8, newton=lambda *solver: (s.clone(), 0.0))
     plain = corrected(oracle, x, y, h, Draw())[0] if go else y
-    given = (x, y, h, Draw(), Counted(ConjugateGradient(), torch.zeros(())))
+    given = (x, y, h, Draw(), Counted(ConjugateGradient(), Learned(torch.zeros(()))))
     found, _, looks, _ = graph._corrected(Traced(oracle, None), torch.tensor(go), *given)
     assert torch.equal(found, plain)
     assert looks == (oracle.cost.loss_evaluations if go else 0)

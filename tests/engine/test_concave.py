@@ -37,8 +37,8 @@ def test_every_system_of_an_estimate_has_the_absolute_hessian():
     h = Implicit(ConjugateGradient(20, 0.0)).estimate(oracle, x, y, Draw(), [Draw()], [], None)
     inverse = absolute(H, FLOOR)
     assert relative(h.grad.numpy(), 2 * x.numpy() - C @ inverse @ a) < 1e-10
-    assert h.concave[-1] == pytest.approx(0.8 / 4.0)
-    slope, follow = h.respond(d)
+    assert h.learned[-1].concave == pytest.approx(0.8 / 4.0)
+    slope, _, follow = h.respond(d)
     w = -inverse @ C.T @ d.numpy()
     assert float(slope) == pytest.approx(float(h.grad @ d), rel=1e-10)
     assert relative(follow(0.5, x + 0.5 * d)[0].numpy(), y.numpy() + 0.5 * w) < 1e-9
@@ -69,19 +69,19 @@ def test_nothing_is_concave_of_a_convex_loss():
 
     for name in ("ridge, condition 1e4", "regularization, breast-cancer", "distillation, batch 64"):
         state = CASES[name](0).solve("bisls-adam", steps=10, inner_steps=10, seed=0).state
-        assert state.concave <= CONCAVE, name
+        assert state.learned.concave <= CONCAVE, name
 
 
 def test_images_that_train_a_network():
     """Of a network the Hessian is indefinite nearly everywhere. Solved as if it were not, F ends
     where it starts, at 2.3."""
-    from benchmarks.problems import NETWORKS
+    from benchmarks.networks import NETWORKS
 
     case = NETWORKS["distillation into a network"](0)
     result = case.solve("bisls-adam", steps=30, inner_steps=10, seed=0)
     assert case.value(case.x, case.y) > 2
     assert case.value(result.x, result.y) < 1
-    assert result.state.concave > CONCAVE
+    assert result.state.learned.concave > CONCAVE
 
 
 BATCHES = [torch.rand(6, 3, generator=torch.Generator().manual_seed(i)).double() for i in range(9)]
@@ -116,8 +116,8 @@ def test_the_compiled_loop_ends_where_g_is_concave(inner_data, in_the_graph, mon
         fast = solve(True)
     told = [str(w.message) for w in caught if "is concave in places" in str(w.message)]
     assert len(told) == (0 if in_the_graph else 1)
-    assert (plain.state.concave > CONCAVE) == (not in_the_graph)
-    assert fast.state.concave == pytest.approx(plain.state.concave, rel=1e-9)
+    assert (plain.state.learned.concave > CONCAVE) == (not in_the_graph)
+    assert fast.state.learned.concave == pytest.approx(plain.state.learned.concave, rel=1e-9)
     torch.testing.assert_close(fast.x, plain.x, rtol=1e-8, atol=1e-12)
     for one, other in zip(fast.history, plain.history, strict=True):
         assert one.outer_loss == pytest.approx(other.outer_loss, rel=1e-8)
@@ -135,7 +135,8 @@ def test_it_is_remembered_in_a_checkpoint(tmp_path):
     path = tmp_path / "run.pt"
     solve(8, checkpoint=path)
     whole, resumed = solve(12), solve(12, checkpoint=path, resume=True)
-    assert whole.state.concave > CONCAVE and whole.state.concave == resumed.state.concave
+    assert whole.state.learned.concave > CONCAVE
+    assert whole.state.learned == resumed.state.learned
     assert torch.equal(whole.x, resumed.x)
 
 

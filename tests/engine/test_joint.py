@@ -94,8 +94,9 @@ def test_a_trial_follows_the_tangent_of_their_mean(compile):
         for draws in ([Draw(PARTS[0]), Draw(PARTS[1])], [Draw(batch(*range(8)))])
     ]
     d = t(4)
-    slopes, ends = zip(*((h.respond(d)[0], h.respond(d)[1](0.3, X + 0.3 * d)) for h in estimates),
-                       strict=True)  # fmt: skip
+    courses = [h.respond(d) for h in estimates]
+    slopes = [course.slope for course in courses]
+    ends = [course.follow(0.3, X + 0.3 * d) for course in courses]
     close = dict(rtol=1e-9, atol=1e-9)
     assert torch.allclose(*slopes, **close) and torch.allclose(ends[0][0], ends[1][0], **close)
     assert bool(ends[0][1]) == bool(ends[1][1])

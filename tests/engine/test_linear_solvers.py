@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import bilevel
 from bilevel import ConjugateGradient, Identity, Implicit, Neumann, Nystrom, StochasticNeumann
-from bilevel.linear import FLOOR, curvature, seen
+from bilevel.linear import FLOOR, Learned, curvature, seen
 from tests.tables import CASES, RIDGES, absolute, flat, relative, t
 
 
@@ -136,7 +136,7 @@ def test_cg_steps_stop_at_negative_curvature_with_the_last_iterate():
     one = solver.watched(system.product, b)[0]
     bb, bHb = system.b @ system.b, system.b @ system.H @ system.b
     assert bHb > 0 and np.allclose(one, bb / bHb * system.b, rtol=1e-14)
-    enough, state = solver.begin(system.product, b, None)
+    enough, state = solver.begin(system.product, b, None, solver.rtol)
     for _ in range(3):
         state = solver.advance(system.product, enough, state)
         assert torch.equal(state[0], one)
@@ -161,11 +161,11 @@ def test_what_was_seen_of_concavity_is_the_floor():
     system = System([1.0, 0.5, 2e-3, 1e-6], b=[1.0, 2.0, 3.0, 4.0])
     solver = ConjugateGradient(50, 0.0)
     for before, floor in ((0.0, 0.0), (1e-5, 0.0), (1e-3, 1e-3), (0.7, FLOOR)):
-        q, after = solver.watched(system.product, t(system.b), None, before)
+        q, after = solver.watched(system.product, t(system.b), None, Learned(before))
         assert relative(q.numpy(), absolute(system.H, floor) @ system.b) < 1e-8
         assert after == before
     system.count = 0
-    solver.watched(system.product, t(system.b), None, 0.7)
+    solver.watched(system.product, t(system.b), None, Learned(0.7))
     assert system.count == 4  # of them none to find out
 
 
@@ -176,7 +176,8 @@ def test_absolute_values_are_as_exact_as_asked():
         counts = []
         for before in (0.0, 1e-3):
             system.count = 0
-            q, _ = ConjugateGradient(60, rtol).watched(system.product, t(system.b), None, before)
+            solver, learned = ConjugateGradient(60, rtol), Learned(before)
+            q, _ = solver.watched(system.product, t(system.b), None, learned)
             assert system.residual(q.numpy()) <= rtol
             counts.append(system.count)
         assert counts[0] == counts[1] < 60
@@ -193,7 +194,7 @@ def test_cg_tells_how_concave_it_has_seen_the_loss():
 
     for q0 in (None, t(system.V @ [0.0, 0.1, 1.0])):
         solver = ConjugateGradient(8, 0.0)
-        enough, state = solver.begin(product, t(system.b), q0)
+        enough, state = solver.begin(product, t(system.b), q0, 0.0)
         for _ in range(8):
             state = solver.advance(product, enough, state)
         quotients = [p @ system.H @ p / (p @ p) for p in directions]
@@ -249,10 +250,10 @@ def test_cg_with_numbers_of_the_host_is_that_in_tensors(spectrum, b, guess):
     system = System(spectrum, b=b)
     solver = ConjugateGradient(steps=8, rtol=1e-8)
     right, q0 = t(system.b), t(np.arange(1.0, len(spectrum) + 1)) if guess else None
-    enough, state = solver.begin(system.product, right, q0)
-    found, top, low = solver._on_host(system.product, float(enough), state)
+    enough, state = solver.begin(system.product, right, q0, solver.rtol)
+    found, top, low = solver._on_host(system.product, float(enough), state, solver.steps)
     system.count = 0
-    enough, state = solver.begin(system.product, right, q0)
+    enough, state = solver.begin(system.product, right, q0, solver.rtol)
     steps = 0
     while steps < solver.steps and state[4]:
         state, steps = solver.advance(system.product, enough, state), steps + 1

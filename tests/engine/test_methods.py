@@ -235,7 +235,7 @@ def test_tangent_is_that_of_the_solution(case):
     """At the inner solution and converged, y(t) = y + t dy*/dx d, by the closed form."""
     oracle, X, Y, h = estimate(case, EXACT)
     d = -h.grad
-    _, follow = h.respond(d)
+    follow = h.respond(d).follow
     w = np.linalg.solve(case.H, -case.cross(case.X) @ d.numpy())
     assert relative(follow(1e-3, X + 1e-3 * d)[0] - Y, 1e-3 * w) < 1e-9
 
@@ -305,7 +305,7 @@ def test_unrolled_response_is_the_same_steps_at_the_trial():
     case, size = RIDGES[0], 0.2
     oracle, X, Y, h = estimate(case, Unrolled(4, step=size), case.y)
     d = -h.grad
-    _, follow = h.respond(d)
+    follow = h.respond(d).follow
     x, y = X + 0.3 * d, flat(case.y)
     for _ in range(4):
         y = y.requires_grad_()
@@ -324,7 +324,7 @@ def test_tangent_is_refused_where_the_inner_loss_gets_worse():
     oracle = Oracle(Problem(outer, inner), Layout(x, "x"), Layout(y, "y"))
     h = EXACT.estimate(oracle, x[None], y[None], Draw(), [Draw()], [], None)
     d = -h.grad  # 30
-    _, follow = h.respond(d)
+    follow = h.respond(d).follow
     found = []
     for time in np.linspace(1e-3, 0.05, 50):
         p = 30 * time

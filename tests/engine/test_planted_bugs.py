@@ -68,9 +68,9 @@ def wrong_way(h, *rest):
     respond = h.respond
 
     def backwards(d):
-        slope, follow = respond(d)
-        y = rest[2]
-        return slope, lambda t, xt: (2 * y - follow(t, xt)[0], follow(t, xt)[1])
+        course, y = respond(d), rest[2]
+        follow = course.follow
+        return course._replace(follow=lambda t, xt: (2 * y - follow(t, xt)[0], follow(t, xt)[1]))
 
     h.respond = backwards
     return h
@@ -78,7 +78,7 @@ def wrong_way(h, *rest):
 
 def wrong_newton(h, *rest):
     newton = h.newton
-    h.newton = lambda: (0.9 * newton()[0], h.concave[-1])
+    h.newton = lambda: (0.9 * newton()[0], h.learned[-1])
     return h
 
 
@@ -183,7 +183,7 @@ BUGS = {
         oracles.solved_by_newton,
     ),
     "no correction": (
-        lambda: (bilevel.method, "corrected", lambda oracle, x, y, h, judge: (y, 0.0)),
+        lambda: (bilevel.method, "corrected", lambda oracle, x, y, h, judge: (y, h.learned[-1])),
         oracles.solved_by_newton,
     ),
     "stale batch": (stale_batch, oracles.fresh_batches),

@@ -67,8 +67,8 @@ def test_it_is_the_same_product():
 
 
 def test_not_before_it_pays():
-    assert products(inner, 3)[0]._hessian is None
-    assert products(inner, 4)[0]._hessian is not None
+    assert products(inner, 1)[0]._hessian is None
+    assert products(inner, 2)[0]._hessian is not None
     assert products(inner, 40, known=False)[0]._hessian is None  # nobody knows what it costs
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.networks import NETWORKS, squares, trained
+from benchmarks.networks import NETWORKS, squares
 from benchmarks.problems import (
     CASES,
     HARD,
@@ -25,7 +25,7 @@ from benchmarks.problems import (
 )
 from tasks.data import Dataset, load
 from tasks.few_shot import QUERIES, FewShot, Groups
-from tasks.models import convnet, seeded
+from tasks.models import convnet, descend, seeded
 
 
 @cache
@@ -69,7 +69,7 @@ def convnet_distillation(seed: int, size: int = 128, decay: float = 1e-3) -> Cas
         return F.cross_entropy(net(y, (batch[0].view(-1, 1, 28, 28),)), batch[1])
 
     def objective(x: Tensor, y: dict[str, Tensor]) -> float:
-        y = trained(lambda y: inner(x, y), y)
+        y = descend(lambda y: inner(x, y), y, 200)  # Adam would leave for another minimum
         with torch.no_grad():
             return float(outer(x, y, train))
 

@@ -337,6 +337,27 @@ def test_tangent_is_refused_where_the_inner_loss_gets_worse():
     assert set(found) == {True, False}
 
 
+@pytest.mark.parametrize("times", [1, 60])
+def test_rounding_refuses_no_tangent(times):
+    """A loss of 1 made of numbers that are so many times larger: too short a step to judge is
+    trusted, up to where it can be judged."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(30, 20, generator=g)
+    ballast = torch.linspace(0.5, 1.5, 200) * times
+
+    def inner(x, y):
+        fit = ((A @ y - 1) ** 2).mean() / 2 + (x.exp() * y * y).sum() / 2
+        return (ballast + fit).mean() - ballast.mean()
+
+    x, y = torch.zeros(20), torch.full((20,), 0.1)
+    oracle = Oracle(Problem(lambda x, y: y.sum(), inner), Layout(x, "x"), Layout(y, "y"))
+    h = EXACT.estimate(oracle, x, y, Draw(), [Draw()], [], None)
+    d = -h.grad / h.grad.norm()
+    follow = h.respond(d).follow
+    refused = [not follow(float(s), x + s * d)[1] for s in torch.logspace(-7, -1, 200)]
+    assert sum(refused) == 0
+
+
 def test_no_step_is_taken_onto_a_refused_tangent():
     """The outer loss would love y = 5 x at any x; the accepted step stays where y* is near."""
     x, y, outer, inner = turning()

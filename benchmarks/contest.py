@@ -156,11 +156,18 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=EVERY, metavar="CASE")
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        type=Cell.parse,
+        metavar="CELL",
+        help='fixed steps to run, such as "adam 0.1 1 falling"; default: all 196',
+    )
     parser.add_argument("--no-rivals", action="store_true", help="tuned steps only")
     parser.add_argument("--name", default="contest", help="of the file that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
-    groups = [tuned()]
+    groups = [options.cells or tuned()]
     if not options.no_rivals:
         groups += [[cell for cell in rivals() if cell.method == name] for name in RIVALS]
     rows: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ import bilevel
 from benchmarks.larger import EVERY
 from benchmarks.problems import INNER, STEPS, Case, distillation, outcome, representation
 from benchmarks.report import write
-from bilevel.linear import Product
+from bilevel.linear import UNTAUGHT, Product
 from bilevel.method import Method
 from bilevel.presets import SEARCHED_ADAM
 from bilevel.rules import Adam, Armijo, Fixed
@@ -36,7 +36,7 @@ class Convex(bilevel.ConjugateGradient):
     """As if g_yy were positive definite: what there is before a direction of negative curvature."""
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
-        return self._steps(product, b, q0, 0.0, self.rtol, self.steps)[0]
+        return self._steps(product, b, q0, UNTAUGHT)[0]
 
 
 def cg(

@@ -24,7 +24,7 @@ from benchmarks.problems import (
     representation,
 )
 from tasks.data import Dataset, load
-from tasks.few_shot import QUERIES, FewShot, Groups
+from tasks.few_shot import FewShot
 from tasks.models import convnet, descend, seeded
 
 
@@ -40,17 +40,12 @@ def few_shot(seed: int, episodes: int = 4, ways: int = 5, shots: int = 1) -> Cas
     options = Namespace(
         n_way=ways, k_shot=shots, episodes=episodes, ridge=0.1, seed=seed, device=device
     )
-    data = characters()
-    task = FewShot(data, options)
-    drawn = Groups(
-        *(episodes, *data.train, ways, shots, QUERIES),
-        **{"seed": seed, "per_epoch": 100 * episodes, "outer_first": True},
-    )
+    task = FewShot(characters(), options)
 
     def objective(x: Any) -> float:
         return task.measure(x)["validation_loss"]
 
-    pairs = {"data": drawn, "warm_start": False}
+    pairs = {"data": task.feed(), "warm_start": False}
     return Case(task.outer, task.inner, task.begin(), task.heads, objective, pairs)
 
 

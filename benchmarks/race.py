@@ -29,10 +29,13 @@ def watched(case: Case, method: str | bilevel.Method, seed: int, every: int) -> 
     seen: Watched = []
 
     def look(state: bilevel.State, record: bilevel.Record) -> None:
-        if state.k % every == 0 or state.k == STEPS:
+        if state.k % every == 0:
             seen.append((case.value(state.x, state.y), record))
 
-    case.solve(method, steps=STEPS, inner_steps=INNER, seed=seed, callback=look)
+    result = case.solve(method, steps=STEPS, inner_steps=INNER, seed=seed, callback=look)
+    last = result.history[-1]
+    if not seen or seen[-1][1] is not last:
+        seen.append((case.value(result.x, result.y), last))
     return seen
 
 
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
         ):
             continue
         runs = [
-            race(*(row["problem"], options.method, cell, seed), options.cell_batches, options.every)
+            race(row["problem"], options.method, cell, seed, options.cell_batches, options.every)
             for seed in range(options.seeds)
         ]
         medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}

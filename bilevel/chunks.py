@@ -73,7 +73,7 @@ class Chunks:
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
         self.most = 1 if singly else SLOTS
         self.seconds = 0.0  # of one iteration, as last seen
-        self._prepared: dict[tuple[bool, ...], _Prepared] = {}  # for all of joined but how many
+        self._prepared: dict[tuple[bool, bool], _Prepared] = {}  # for joined.loop, .watched
         self.usable = True
         if reason := _unfit(method, problem, state):
             self._refuse(reason)
@@ -97,7 +97,7 @@ class Chunks:
         if count:
             joined = self._joined(state, batches)
             form, tensors = _parts(batches, joined.loop)
-            ready = self._prepared.get(joined[:3])
+            ready = self._prepared.get(joined[:2])
             if ready is None:
                 ready = self._prepare(state, batches, form, tensors, joined)
             if ready is not None and form == ready.form:
@@ -132,11 +132,9 @@ class Chunks:
     def _joined(self, state: State, batches: Batches) -> _Joined:
         count, more = self.method.wanted(state)
         given = len(batches[2] or [None])
-        watched = more > 0 and given > count
-        still = batches[1][0] is None or (more > 0 and not watched)
         if self._implicit.average == 1:
-            return _Joined(False, False, still, 1)
-        return _Joined(given > 1, watched, still, min(count, given))
+            return _Joined(False, False, 1)
+        return _Joined(given > 1, more > 0 and given > count, min(count, given))
 
     def _prepare(
         self, state: State, batches: Batches, form: Any, tensors: Any, joined: _Joined
@@ -180,14 +178,13 @@ class Chunks:
             self.fresh,
             joined.loop,
             joined.watched,
-            joined.still,
             isinstance(self._implicit.solver, ConjugateGradient)
             and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
         ready = _Prepared(graph, form, stacks, slots)
-        self._prepared[joined[:3]] = ready
+        self._prepared[joined[:2]] = ready
         return ready
 
     def _several(
@@ -313,11 +310,10 @@ class Chunks:
 
 class _Joined(NamedTuple):
     """Whether the Hessian batches of an iteration are joined, in a loop of the graph; whether one
-    more judges them; whether there is none to do so; and how many they are."""
+    more judges them; and how many they are."""
 
     loop: bool
     watched: bool
-    still: bool
     many: int
 
 

@@ -50,8 +50,7 @@ class Iterations:
         slots: iterations in one call at most.   steps: inner steps in each.
         moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
         joins: whether the Hessian batches are averaged, as many as the call says; watches:
-            whether one more judges them; still: whether g is the same for all there are.
-        matrix: whether g_yy is one, being small.
+            whether one more judges them.   matrix: whether g_yy is one, being small.
     """
 
     method: Method
@@ -65,7 +64,6 @@ class Iterations:
     fresh: bool
     joins: bool
     watches: bool
-    still: bool
     matrix: bool
 
     def __call__(
@@ -235,6 +233,7 @@ class Iterations:
             torch.where(finite, new, old)
             for new, old in zip(kept, [x, before, q, *rest], strict=True)
         ]
+        still = self.method.is_still(self.counts[0] > 0, self.watches)
         new_scalars = torch.stack(
             [
                 k + 1,
@@ -247,7 +246,7 @@ class Iterations:
                 torch.where(finite, noise_new, noise),
                 torch.where(finite, noises_new, noises),
                 torch.where(finite, solver.concave[-1].double(), concave),
-                torch.where(finite & self.still, learned.judge(apart).halvings, halvings),
+                torch.where(finite & still, learned.judge(apart).halvings, halvings),
             ]
         )
         row = {

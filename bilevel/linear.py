@@ -303,15 +303,13 @@ class ConjugateGradient:
             q, and the largest |negative curvature| seen over the largest curvature, or
             ``learned.concave``.
         """
-        concave = learned.concave
-        rtol, steps = self.aims(learned.halvings)
-        if concave <= CONCAVE:
-            q, found = self._steps(product, b, q0, concave, rtol, steps)
+        if learned.concave <= CONCAVE:
+            q, found = self._steps(product, b, q0, learned)
             if isinstance(found, Tensor) and (found.requires_grad or not _visible(found)):
                 return q, found
             if found <= CONCAVE:
                 return q, float(found)
-        return self._absolute(product, b, float(concave), rtol, steps)
+        return self._absolute(product, b, learned)
 
     def aims(self, halvings: Any) -> tuple[Any, Any]:
         """The relative residual that is enough, and the products to get there at most. Numbers or
@@ -322,14 +320,10 @@ class ConjugateGradient:
         return LOOSE * 0.5**halvings, self.steps + 3 * self.steps * halvings // 10
 
     def _steps(
-        self,
-        product: Product,
-        b: Tensor,
-        q0: Tensor | None,
-        concave: Concave,
-        rtol: float,
-        steps: int,
+        self, product: Product, b: Tensor, q0: Tensor | None, learned: Learned
     ) -> tuple[Tensor, Concave]:
+        concave = learned.concave
+        rtol, steps = self.aims(learned.halvings)
         enough, state = self.begin(product, b, q0, rtol)
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
             q, top, low = self._on_host(product, float(enough), state, steps)
@@ -341,10 +335,10 @@ class ConjugateGradient:
             state = self.advance(product, enough, state)
         return state[0], seen(concave, *state[5:])
 
-    def _absolute(
-        self, product: Product, b: Tensor, concave: float, rtol: float, steps: int
-    ) -> tuple[Tensor, float]:
+    def _absolute(self, product: Product, b: Tensor, learned: Learned) -> tuple[Tensor, float]:
         """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
+        concave = float(learned.concave)
+        rtol, steps = self.aims(learned.halvings)
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
         products = min(steps, b.numel())

@@ -135,6 +135,14 @@ class Method:
         batches = self.hypergradient.batches
         return (state.noise.batches, 1) if batches == "auto" else (batches, 0)
 
+    def is_still(self, batched: bool, watched: bool) -> bool:
+        """Whether g is the same in all that is given: no batches, or one where several are asked.
+
+        Args:
+            batched: whether g takes batches.   watched: whether one was left to judge the others.
+        """
+        return not batched or (self.hypergradient.batches == "auto" and not watched)
+
     def step(
         self,
         problem: Problem,
@@ -238,7 +246,7 @@ class Method:
         failure = _failure(value, inner_value, norm, finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
-        still = draws[0].batch is None or (more > 0 and not others)  # g is the same everywhere
+        still = self.is_still(draws[0].batch is not None, bool(others))
         behind = is_behind(here, there, alpha * abs(slope))
         if self.corrects and behind and not (numeric or move.failed):
             if state.k == 0 and still and h.learned[-1].concave <= CONCAVE:

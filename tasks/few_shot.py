@@ -89,10 +89,10 @@ class FewShot:
         features = x(images.flatten(0, 1)).unflatten(0, labels.shape)
         return F.cross_entropy(logits(y, features).flatten(0, 1), labels.flatten())
 
-    def solve(self, method: bilevel.Method, **manners: Any) -> bilevel.Result:
-        """The features of one method, in ``result.x``."""
+    def feed(self) -> Groups:
+        """Query and support images of training episodes, several to an outer iteration."""
         options = self.options
-        drawn = Groups(
+        return Groups(
             options.episodes,
             *self.data.train,
             options.n_way,
@@ -102,14 +102,17 @@ class FewShot:
             per_epoch=100 * options.episodes,
             outer_first=True,
         )
+
+    def solve(self, method: bilevel.Method, **manners: Any) -> bilevel.Result:
+        """The features of one method, in ``result.x``."""
         return bilevel.solve(
             self.outer,
             self.inner,
             self.begin(),
             self.heads,
-            data=drawn,
+            data=self.feed(),
             method=method,
-            inner_steps=options.inner_steps,
+            inner_steps=self.options.inner_steps,
             warm_start=False,
             **manners,
         )

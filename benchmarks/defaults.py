@@ -25,6 +25,7 @@ from bilevel.rules import Adam, Armijo, Fixed
 # a default must not fail where batches are small, which is where most alternatives do
 PROBLEMS: dict[str, Callable[[int], Case]] = {
     **EVERY,
+    "distillation, batch 8": lambda seed: distillation(seed, 8),
     "distillation, batch 16": lambda seed: distillation(seed, 16),
     "hyper-representation, batch 16": lambda seed: representation(seed, 16),
 }
@@ -48,9 +49,11 @@ def cg(
 def variants() -> dict[str, Method]:
     """The default of BiSLS-Adam with one thing changed at a time."""
     default = bilevel.bisls("adam")
+    searched, inner = default.outer_rule, default.inner_rule
+    assert isinstance(searched, Armijo) and isinstance(inner, Armijo)
 
     def armijo(**changes: Any) -> Method:
-        return replace(default, outer_rule=replace(Armijo(), **changes))
+        return replace(default, outer_rule=replace(searched, **changes))
 
     def adam(**changes: Any) -> Method:
         return replace(default, direction=replace(SEARCHED_ADAM, **changes))
@@ -63,9 +66,13 @@ def variants() -> dict[str, Method]:
         "response refine": replace(default, response="refine"),
         "response refine, slack 0.01": replace(armijo(slack=0.01), response="refine"),
         "c = 0.1": armijo(c=0.1),
+        "c = 0.5": armijo(c=0.5),
+        "c = 2/3": armijo(c=2 / 3),
+        "inner c = 0.5": replace(default, inner_rule=replace(inner, c=0.5)),
+        "inner c = 0.9": replace(default, inner_rule=replace(inner, c=0.9)),
         "slack 0.01": armijo(slack=0.01),
         "inner steps fixed at 0.3": replace(default, inner_rule=Fixed(0.3)),
-        "growth 2": replace(armijo(growth=2.0), inner_rule=Armijo(growth=2.0)),
+        "growth 2": replace(armijo(growth=2.0), inner_rule=replace(inner, growth=2.0)),
         "no average": replace(default, averages=False),
         "no correction": replace(default, corrects=False),
         "reset last": armijo(reset="last"),

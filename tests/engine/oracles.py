@@ -93,6 +93,7 @@ def failed_step_not_carried() -> None:
     method = bilevel.bisls("sgd")
     problem = Problem(outer, case.inner)
     state = method.init(case.x, case.y)
+    state, _ = method.step(problem, state, False, 5)  # in which x may wait for y
     for _ in range(3):
         state, record = method.step(problem, state, False, 5)
         assert record.failure is None and record.outer_step > 0

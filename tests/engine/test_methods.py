@@ -294,11 +294,10 @@ def flattered(seed):
 def test_y_does_not_stay_behind_where_that_flatters_f():
     """Without the correction f is off by up to 22 %, 4 % in the median, over these seeds.
 
-    With it one of the eight, the seventh, is at 5e-3 when the run ends, the others below 2e-3.
+    With it one of the eight is at 2.4e-3 when the run ends, the others below 3e-4.
     """
     off = [flattered(seed) for seed in range(8)]
-    assert max(off[:3]) <= 2e-3
-    assert np.median(off) < 1e-3 and max(off) < 1e-2
+    assert np.median(off) < 1e-4 and max(off) < 5e-3
 
 
 def test_unrolled_response_is_the_same_steps_at_the_trial():

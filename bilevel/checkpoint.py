@@ -15,7 +15,7 @@ import torch
 from bilevel.average import Average
 from bilevel.distributed import Ranks
 from bilevel.linear import Learned
-from bilevel.noise import Noise
+from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
@@ -24,7 +24,7 @@ from bilevel.rules import Moments
 if TYPE_CHECKING:
     from bilevel.method import State
 
-VERSION = 5
+VERSION = 6
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
@@ -181,6 +181,7 @@ def pack(state: State, history: list[Record]) -> dict[str, Any]:
         "seconds": state.seconds,
         "failures": state.failures,
         "noise": list(state.noise),
+        "agreement": list(state.agreement),
         "learned": list(state.learned),
         "history": [record.asdict() for record in history],
     }
@@ -218,6 +219,7 @@ def unpack(content: dict[str, Any], state: State) -> tuple[State, list[Record]]:
         seconds=content["seconds"],
         failures=content["failures"],
         noise=Noise(*content["noise"]),
+        agreement=Agreement(*content["agreement"]),
         learned=Learned(*content["learned"]),
     )
     return restored, [Record(**record) for record in content["history"]]

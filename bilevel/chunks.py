@@ -18,8 +18,8 @@ from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, ConjugateGradient, Learned, StochasticNeumann
-from bilevel.method import Method, State, _failure
-from bilevel.noise import MOST, Noise, settles
+from bilevel.method import Batches, Method, State, _failure
+from bilevel.noise import MOST, Agreement, Noise, settles
 from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
@@ -36,8 +36,6 @@ OPTIONS = {
 }
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
-
-Batches = tuple[Any, list[Any], "list[Any] | None"]  # outer, inner, Hessian
 
 
 class Chunks:
@@ -73,7 +71,7 @@ class Chunks:
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
         self.most = 1 if singly else SLOTS
         self.seconds = 0.0  # of one iteration, as last seen
-        self._prepared: dict[tuple[bool, bool], _Prepared] = {}  # for joined.loop, .watched
+        self._prepared: dict[Any, _Prepared] = {}  # for how the batches are joined
         self.usable = True
         if reason := _unfit(method, problem, state):
             self._refuse(reason)
@@ -96,8 +94,8 @@ class Chunks:
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
-            form, tensors = _parts(batches, joined.loop)
-            ready = self._prepared.get(joined[:2])
+            form, tensors = _parts(batches, joined)
+            ready = self._prepared.get(joined.kind)
             if ready is None:
                 ready = self._prepare(state, batches, form, tensors, joined)
             if ready is not None and form == ready.form:
@@ -115,7 +113,7 @@ class Chunks:
             (self.method.inner_rule, state.inner_last),
         )
         measuring = [(r, last) for r, last in rules if isinstance(r, Polyak)]
-        settling = self.method.hypergradient.batches == "auto" and state.noise.terms > 0
+        settling = max(state.noise.terms, state.agreement.terms) > 0
         limit = min(limit, SLOTS, int(WAIT / self.seconds) if self.seconds else SLOTS)
         for ahead in range(max(1, limit)):
             if any(rule.searches(state.k + ahead, last) for rule, last in measuring):
@@ -130,11 +128,15 @@ class Chunks:
         return self.method.hypergradient
 
     def _joined(self, state: State, batches: Batches) -> _Joined:
-        count, more = self.method.wanted(state)
-        given = len(batches[2] or [None])
-        if self._implicit.average == 1:
-            return _Joined(False, False, 1)
-        return _Joined(given > 1, more > 0 and given > count, min(count, given))
+        (m, judges), (count, more) = self.method.wanted(state)
+        outers, given = 1 + len(batches[3] or []), len(batches[2] or [None])
+        m = min(m, max(1, outers - judges))
+        count, joins = min(count, given), self._implicit.average != 1
+        return _Joined(
+            (outers > 1, joins and given > 1),
+            (outers > m, joins and more > 0 and given > count),
+            (m, count if joins else 1),
+        )
 
     def _prepare(
         self, state: State, batches: Batches, form: Any, tensors: Any, joined: _Joined
@@ -156,8 +158,11 @@ class Chunks:
         from bilevel.graph import Iterations
 
         rows = [len(level) for level in tensors]
-        if joined.loop:
-            rows[2] = MOST + 1 if self.method.hypergradient.batches == "auto" else joined.many
+        for level, j in ((0, 0), (2, 1)):
+            if joined.loop[j]:
+                rows[level] = joined.many[j]
+                if joined.watched[j]:  # the number may change
+                    rows[level] = MOST + 1
         heads = [level[0] if level else () for level in tensors]
         room = sum(n * t.nbytes for n, head in zip(rows, heads, strict=True) for t in head)
         slots = max(1, min(self.most, ROOM // max(1, room)))
@@ -178,13 +183,14 @@ class Chunks:
             self.fresh,
             joined.loop,
             joined.watched,
+            batches[0] is None or (self.method.outer_batches == "auto" and batches[3] == []),
             isinstance(self._implicit.solver, ConjugateGradient)
             and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
         ready = _Prepared(graph, form, stacks, slots)
-        self._prepared[joined[:2]] = ready
+        self._prepared[joined.kind] = ready
         return ready
 
     def _several(
@@ -193,17 +199,17 @@ class Chunks:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
         position = self.source.state_dict(), all_generators(self.start.device)
-        drawn, asked, wanted = [first], 1, sum(self.method.wanted(state))
+        drawn, asked, wanted = [first], 1, self.method.wanted(state)
         while len(drawn) < count:
             asked += 1
             try:
-                form, tensors = _parts(self.source.next(wanted), joined.loop)
+                form, tensors = _parts(self.source.next(*wanted), joined)
             except Exception:  # to come again after those that have their batches
                 break
-            if form != ready.form or len(tensors[2]) != len(first[2]):
+            if form != ready.form or [*map(len, tensors)] != [*map(len, first)]:
                 break
             drawn.append(tensors)
-        outcome = self._run(ready, state, joined.many, drawn)
+        outcome = self._run(ready, state, joined, drawn)
         if outcome and not outcome[0]:  # g is concave, of which the plain iteration will tell
             outcome = None
         taken = int(outcome[0]) if outcome else 1
@@ -211,14 +217,14 @@ class Chunks:
             self.source.load_state_dict(position[0])
             restore_generators(position[1], self.start.device)
             for _ in range(taken - 1):
-                self.source.next(wanted)
+                self.source.next(*wanted)
         if outcome is None:
             return None
         self.seconds = (time.perf_counter() - began) / taken
-        return self._unpack(state, outcome, taken, began, joined.many)
+        return self._unpack(state, outcome, taken, began, joined)
 
     def _run(
-        self, ready: _Prepared, state: State, joined: int, drawn: Sequence[Any]
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: Sequence[Any]
     ) -> tuple[Tensor, ...] | None:
         for level, stacks in enumerate(ready.stacks):
             for j, stack in enumerate(stacks):
@@ -227,13 +233,13 @@ class Chunks:
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
-        known = state.noise.level, state.noise.terms, *state.learned
+        known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned
         scalars = torch.tensor(
             [state.k, *lasts, moments.n, terms, gain, state.failures, *known], dtype=torch.float64
         )
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
-        counts = torch.tensor(len(drawn)), torch.tensor(joined)
+        counts = torch.tensor(len(drawn)), tuple(map(torch.tensor, joined.many))
         try:
             with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
@@ -244,14 +250,14 @@ class Chunks:
             return None
 
     def _unpack(
-        self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float, hessian: int
+        self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float, joined: _Joined
     ) -> tuple[State, list[Record]]:
         """The outcome of the graph as a state and records, as the plain path makes them."""
         from bilevel.graph import COLUMNS, SCALARS
 
         _, _, rows, scalars, x, y, q, *rest = outcome
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.tolist()
-        noise, noises, concave, halvings = known
+        noise, noises, signal, unlike, agreed, concave, halvings = known
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
@@ -281,7 +287,8 @@ class Chunks:
                     inner_trials=int(row["inner_trials"]),
                     inner_failures=int(row["inner_failures"]),
                     residual=row["residual"],
-                    hessian_batches=hessian,
+                    hessian_batches=joined.many[1],
+                    outer_batches=joined.many[0],
                     gradients=cost.gradients,
                     hessian_products=cost.hessian_products,
                     loss_evaluations=cost.loss_evaluations,
@@ -303,18 +310,24 @@ class Chunks:
             state.seconds + spent,
             int(failures),
             Noise(state.noise.batches, noise, int(noises)).settle(int(k) - 1),
+            Agreement(state.agreement.batches, signal, unlike, int(agreed)).settle(int(k) - 1),
             Learned(concave, int(halvings)),
         )
         return new, records
 
 
 class _Joined(NamedTuple):
-    """Whether the Hessian batches of an iteration are joined, in a loop of the graph; whether one
-    more judges them; and how many they are."""
+    """Of the outer and of the Hessian batches of an iteration: whether they are joined, in a loop
+    of the graph; whether one more judges them; and how many they are."""
 
-    loop: bool
-    watched: bool
-    many: int
+    loop: tuple[bool, bool]
+    watched: tuple[bool, bool]
+    many: tuple[int, int]
+
+    @property
+    def kind(self) -> Any:
+        """What a graph is made for; any numbers are of one kind."""
+        return self.loop, self.watched
 
 
 class _Prepared(NamedTuple):
@@ -347,20 +360,21 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
     return "several ranks solve the problem" if Ranks(device).size > 1 else None
 
 
-def _parts(batches: Batches, joined: bool) -> tuple[Any, list[list[Sequence[Tensor]]]]:
+def _parts(batches: Batches, joined: _Joined) -> tuple[Any, list[list[Sequence[Tensor]]]]:
     """The form of one iteration's batches, which others must have as well to be stacked with it,
     and the tensors: of each level, of each of its batches. None where there is something else.
-    ``joined``: any number of Hessian batches are of one form."""
-    outer, inner, hessian = batches
+    Any number of batches that are joined are of one form."""
+    outer, inner, hessian, more = batches
     if all(batch is inner[0] for batch in inner):
         inner = inner[:1]
     form, found = [], []
-    for level in ([outer], inner, hessian or [None]):
-        pieces = [_tensors(batch) for batch in level]
+    levels = ([outer, *(more or [])], joined.loop[0]), (inner, False), (hessian, joined.loop[1])
+    for level, loop in levels:
+        pieces = [_tensors(batch) for batch in level or [None]]
         forms = [kind and (kind, [(t.shape, t.dtype, t.device) for t in ts]) for kind, ts in pieces]
         if forms[0] is None or any(f != forms[0] for f in forms):
             return None, []
-        form.append((0 if joined and level is hessian else len(level), forms[0]))
+        form.append((0 if loop else len(pieces), forms[0]))
         found.append([ts for _, ts in pieces] if pieces[0][1] else [])
     return form, found
 

@@ -7,21 +7,25 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bilevel.randomness import all_generators, restore_generators
 from bilevel.require import shown
+
+CPU = torch.device("cpu")
+UNKNOWN = 2**31  # batches; more than anyone asks for
 
 
 class Cycle:
     """The batches of ``data`` again and again; a new pass calls ``iter(data)`` anew.
 
     The position is the number of batches of the present pass and the generators at its start, so
-    that a shuffling DataLoader goes on with the same order. Data that has ``state_dict`` and
+    that a shuffling DataLoader goes on with the same order; where a batch was looked at ahead of
+    its turn, the position before it and the generators after it. Data that has ``state_dict`` and
     ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
     ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew.
 
     Attributes:
-        single: whether one batch is all there is.
+        length: how many batches a pass has; ``UNKNOWN`` where the data does not tell.
 
     Raises:
         TypeError: the data cannot be iterated over, or only once.
@@ -48,14 +52,35 @@ class Cycle:
         self._iterator: Iterator[Any] | None = None
         self._position = 0
         self._passes = 0  # begun so far
-        self._start: dict[str, Tensor] = {}
+        self._start: dict[str, Any] = {}
+        self._ahead: tuple[Any, Exception | None] | None = None  # what comes next, read already
+        self._before: dict[str, Any] = {}  # the state before that
         try:
-            self.single = len(data) == 1
+            self.length = len(data)
         except (TypeError, NotImplementedError):  # as of an IterableDataset
-            self.single = False
-        self._one = self.single and isinstance(data, list | tuple)  # stays at its start
+            self.length = UNKNOWN
+        self._listed = isinstance(data, list | tuple)  # and draws no random numbers
+        self._one = self._listed and self.length == 1  # stays at its start
 
     def next(self) -> Any:
+        if self._ahead is None:
+            return self._read()
+        (batch, error), self._ahead = self._ahead, None
+        if error is not None:
+            raise error
+        return batch
+
+    def peek(self) -> Any:
+        """What ``next`` will give; None where it will raise."""
+        if self._ahead is None:
+            self._before = self._state()
+            try:
+                self._ahead = self._read(), None
+            except Exception as error:
+                self._ahead = None, error
+        return self._ahead[0]
+
+    def _read(self) -> Any:
         if self._one:
             return self._checked(self.data[0])
         if self._iterator is None:
@@ -70,7 +95,7 @@ class Cycle:
                     f"(with a DataLoader, see drop_last and the length of its dataset)."
                 ) from None
             self._begin()
-            return self.next()
+            return self._read()
         self._position += 1
         return self._checked(batch)
 
@@ -100,16 +125,24 @@ class Cycle:
         found = [getattr(holder, "generator", None) for holder in holders]
         return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
-    def _generators(self) -> dict[str, Tensor]:
-        own = {str(i): g.get_state() for i, g in enumerate(self._own())}
-        return {"global": torch.get_rng_state(), **own}
+    def _generators(self) -> dict[str, Any]:
+        if self._listed:
+            return {}
+        own = [generator.get_state() for generator in self._own()]
+        return {"global": all_generators(CPU), "own": own}
 
-    def _restore(self, states: dict[str, Tensor]) -> None:
-        torch.set_rng_state(states["global"])
-        for i, generator in enumerate(self._own()):
-            generator.set_state(states[str(i)])
+    def _restore(self, states: dict[str, Any]) -> None:
+        if states:
+            restore_generators(states["global"], CPU)
+            for generator, state in zip(self._own(), states["own"], strict=True):
+                generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
+        if self._ahead is None:
+            return self._state()
+        return {**self._before, "after": self._generators()}
+
+    def _state(self) -> dict[str, Any]:
         if hasattr(self.data, "load_state_dict"):
             return {"data": self.data.state_dict(), "position": self._position}
         return {
@@ -120,16 +153,26 @@ class Cycle:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the global generator is left as it is."""
+        """Go to a saved position; the global generators are left as they are."""
+        present = all_generators(CPU)
+        self._ahead = None
+        self._go(state)
+        if "after" in state:
+            self._restore(state.get("now", {}))
+            self.peek()
+            self._restore(state["after"])
+        restore_generators(present, CPU)
+
+    def _go(self, state: dict[str, Any]) -> None:
         if "data" in state:
             self.data.load_state_dict(state["data"])
             self._iterator, self._position = iter(self.data), state["position"]
             return
-        if not state["start"]:
+        self._iterator, self._position, self._passes = None, 0, state["passes"]
+        if not self._passes:
             return
-        present = torch.get_rng_state()
         self._restore(state["start"])
-        self._passes = state.get("passes", 1) - 1
+        self._passes -= 1
         self._begin()
         self._start = state["start"]
         assert self._iterator is not None
@@ -141,4 +184,3 @@ class Cycle:
                 f"after {state['position']}; resume with the data of the interrupted run."
             )
         self._restore(state["now"])
-        torch.set_rng_state(present)

@@ -23,14 +23,14 @@ from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method, is_behind
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import Armijo, Moments
+from bilevel.rules import LEAST_C, MOST_C, Armijo, Moments
 from bilevel.traced import Counted, Run, Traced, move
 
 # what goes from one iteration to the next beside the vectors, as one vector of float64; a step
 # that there is not yet is NaN
 SCALARS = (
     *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
-    *("noise", "noises", "concave", "halvings"),
+    *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
 )
 # what is reported of each, as one row of float64
 COLUMNS = (
@@ -49,8 +49,9 @@ class Iterations:
         counts: of inner and Hessian batches in one iteration.
         slots: iterations in one call at most.   steps: inner steps in each.
         moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
-        joins: whether the Hessian batches are averaged, as many as the call says; watches:
-            whether one more judges them.   matrix: whether g_yy is one, being small.
+        joins: whether the outer and the Hessian batches are averaged, as many as the call says;
+            watches: whether one more judges them.   alone: whether f has no other batch.
+        matrix: whether g_yy is one, being small.
     """
 
     method: Method
@@ -62,14 +63,15 @@ class Iterations:
     moments: bool
     averaged: bool
     fresh: bool
-    joins: bool
-    watches: bool
+    joins: tuple[bool, bool]
+    watches: tuple[bool, bool]
+    alone: bool
     matrix: bool
 
     def __call__(
         self,
         count: Tensor,
-        joined: Tensor,
+        joined: tuple[Tensor, Tensor],
         tol: Tensor,
         most_failures: Tensor,
         start: Tensor,
@@ -111,7 +113,7 @@ class Iterations:
     def _once(
         self,
         i: Tensor,
-        joined: Tensor,
+        joined: tuple[Tensor, Tensor],
         start: Tensor,
         stacks: list[list[Tensor]],
         scalars: Tensor,
@@ -119,16 +121,20 @@ class Iterations:
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
-        noise, noises, concave, halvings = known
-        outer = self._draw(0, stacks, i)
+        noise, noises, *agreement, concave, halvings = known
+        m: Tensor | int = joined[0] if self.joins[0] else 1
         fixed = max(1, self.counts[1])
-        drawn = joined + int(self.watches) if self.joins else fixed
-        many = joined if self.joins else 1
+        drawn = joined[1] + int(self.watches[1]) if self.joins[1] else fixed
+        many = joined[1] if self.joins[1] else 1
+
+        def outer_of(j: Tensor | int) -> Draw:
+            return self._draw(0, stacks, i * (m + int(self.watches[0])) + j)
 
         def of(j: Tensor | int) -> Draw:
             return self._draw(2, stacks, i * drawn + j)
 
-        hessian = [Run(of, joined)] if self.joins else [of(j) for j in range(fixed)]
+        outer = Run(outer_of, joined[0]) if self.joins[0] else self._draw(0, stacks, i)
+        hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
         # the inner steps
@@ -163,13 +169,13 @@ class Iterations:
         assert h.inner_value is not None and h.q is not None and h.residual is not None
         noise_new, noises_new = noise, noises
         here = there = h.lag
-        if self.watches:
+        if self.watches[1]:
             assert h.elsewhere is not None
-            excess, there = h.elsewhere(of(joined))
-            noise_new, noises_new = _noise(noise, noises, excess.double(), joined)
-        m, v = rest[:2] if self.moments else (None, None)
+            excess, there = h.elsewhere(of(joined[1]))
+            noise_new, noises_new = _noise(noise, noises, excess.double(), joined[1])
+        first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
-        d, moved = self.method.direction(h.grad, Moments(m, v, n))  # type: ignore[arg-type]
+        d, moved = self.method.direction(h.grad, Moments(first, second, n))  # type: ignore[arg-type]
 
         # the outer step
         rule, follow = self.method.outer_rule, None
@@ -192,14 +198,29 @@ class Iterations:
             xt, yt, trusted = reach(t)
             value = oracle.value("outer", xt, yt, outer)
             if follow is None:
-                return value, 1
+                return value, m
             assert isinstance(trusted, Tensor)
-            return torch.where(trusted, value, torch.inf), trusted + 2 * many
+            return torch.where(trusted, value, torch.inf), trusted * m + 2 * many
 
-        found = move(rule, h.value, slope, phi, k, outer_last)
+        c: Any = None
+        if isinstance(rule, Armijo) and rule.c == "auto":
+            kappa = torch.ones_like(k) if self.alone else _kappa(agreement, m)
+            c = (1 - kappa).clamp(LEAST_C, MOST_C)
+        found = move(rule, h.value, slope, phi, k, outer_last, c)
         alpha, outer_last_new, outer_trials, failed, evaluations = found
         new_x, new_y, _ = reach(alpha)
         failed = failed > 0
+
+        agreement_new = agreement
+        told = self.watches[0] and follow is not None
+        if told:
+            assert h.fy is not None
+            dx, dy = new_x - x, new_y - y
+            _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
+            own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
+            seen = torch.dot(fx, dx) + torch.dot(fy, dy)
+            slopes = own.double() / alpha, seen.double() / alpha
+            agreement_new = _agreement(agreement, *slopes, m)
 
         # what is kept: all of it, or, where numbers are not finite, nothing
         norm = torch.linalg.vector_norm(h.grad)
@@ -233,7 +254,7 @@ class Iterations:
             torch.where(finite, new, old)
             for new, old in zip(kept, [x, before, q, *rest], strict=True)
         ]
-        still = self.method.is_still(self.counts[0] > 0, self.watches)
+        still = self.method.is_still(self.counts[0] > 0, self.watches[1])
         new_scalars = torch.stack(
             [
                 k + 1,
@@ -245,6 +266,10 @@ class Iterations:
                 torch.where(finite & failed, failures + 1, 0.0),
                 torch.where(finite, noise_new, noise),
                 torch.where(finite, noises_new, noises),
+                *(
+                    torch.where(finite, new, old)
+                    for new, old in zip(agreement_new, agreement, strict=True)
+                ),
                 torch.where(finite, solver.concave[-1].double(), concave),
                 torch.where(finite & still, learned.judge(apart).halvings, halvings),
             ]
@@ -261,9 +286,9 @@ class Iterations:
             "inner_trials": inner_trials,
             "inner_failures": inner_failures,
             "failed": failed,
-            "gradients": nothing + self.steps + 1 + many + int(self.watches),
-            "hessian_products": many * sum(solver.counts, nothing) + int(self.watches),
-            "loss_evaluations": inner_trials + evaluations + int(self.averaged),
+            "gradients": nothing + self.steps + m + many + told + self.watches[1],
+            "hessian_products": many * sum(solver.counts, nothing) + int(self.watches[1]),
+            "loss_evaluations": inner_trials + evaluations + m * int(self.averaged),
             "concave": solver.concave[-1],
         }
         return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
@@ -275,6 +300,28 @@ def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tup
     known = ~excess.isnan()
     weight = 1 / (terms + 1).clamp(max=MEMORY)
     return torch.where(known, level + weight * (s - level), level), terms + known
+
+
+def _kappa(agreement: Sequence[Tensor], batches: Tensor | int) -> Tensor:
+    """:meth:`bilevel.noise.Agreement.kappa`."""
+    signal, noise, _ = agreement
+    return torch.where(signal > 0, signal / (signal + noise / batches), 0.0)
+
+
+def _agreement(
+    agreement: Sequence[Tensor], own: Tensor, fresh: Tensor, batches: Tensor | int
+) -> list[Tensor]:
+    """:meth:`bilevel.noise.Agreement.add`: signal, noise and terms."""
+    signal, noise, terms = agreement
+    known = (own < 0) & own.isfinite() & fresh.isfinite()
+    weight = 1 / (terms + 1).clamp(max=MEMORY)
+    new_signal = signal + weight * (-fresh - signal)
+    new_noise = noise + weight * (batches * (fresh - own) - noise)
+    return [
+        torch.where(known, new_signal, signal),
+        torch.where(known, new_noise, noise),
+        terms + known,
+    ]
 
 
 def _corrected(

@@ -58,7 +58,7 @@ class Estimate:
     """A hypergradient on flat vectors.
 
     Attributes:
-        grad: dF/dx.   direct: its part f_x.
+        grad: dF/dx.   direct: its part f_x.   fy: f_y, shape of y; None where it is not told.
         value: f(x, y).   inner_value: g(x, y), None if not evaluated;
             where steps were unrolled, that before the last of them.
         residual: ||g_yy q - f_y|| / ||f_y||, None where no linear system is solved.
@@ -82,6 +82,7 @@ class Estimate:
     newton: Callable[..., tuple[Tensor, Learned]] | None = None
     elsewhere: Callable[[Draw], tuple[Tensor, Tensor]] | None = None
     learned: list[Learned] = field(default_factory=lambda: [Learned()])
+    fy: Tensor | None = None
 
 
 class Hypergradient(Protocol):
@@ -225,7 +226,8 @@ class Implicit:
 
         lag = torch.dot(q, pull.gradient)
         return Estimate(
-            fx - gxy_q, fx, value, pull.value, residual, q, respond, lag, newton, elsewhere, known
+            *(fx - gxy_q, fx, value, pull.value, residual, q, respond),
+            *(lag, newton, elsewhere, known, fy),
         )
 
 
@@ -349,8 +351,8 @@ class Unrolled:
         learned: Learned = UNTAUGHT,
     ) -> Estimate:
         del inner, q0, learned
-        value, direct, adjoint = oracle.outer_gradients(x, y, outer)
-        grad = direct
+        value, direct, fy = oracle.outer_gradients(x, y, outer)
+        grad, adjoint = direct, fy
         inner_value = None
         for y_t, draw, size, graph in reversed(path):
             graph = graph or oracle.record(x, y_t, draw)
@@ -368,4 +370,4 @@ class Unrolled:
 
             return Course(torch.dot(grad, d), math.nan, replay)
 
-        return Estimate(grad, direct, value, inner_value, None, None, respond)
+        return Estimate(grad, direct, value, inner_value, None, None, respond, fy=fy)

@@ -16,7 +16,7 @@ from bilevel import require
 from bilevel.data import Cycle
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
-from bilevel.method import Method, State
+from bilevel.method import Batches, Method, State
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
 from bilevel.progress import Bar
@@ -168,7 +168,7 @@ def solve(
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
         if state.k == 0 and steps > 0:
-            batches = ranks.read(partial(source.next, sum(method.wanted(state))))
+            batches = ranks.read(partial(source.next, *method.wanted(state)))
             feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
             state = replace(state, vectors=(feasible, start), cost=oracle.cost)
         while state.k < steps:
@@ -176,7 +176,7 @@ def solve(
                 state = replace(state, vectors=(state.vectors[0], start))
             try:
                 if batches is None:
-                    batches = ranks.read(partial(source.next, sum(method.wanted(state))))
+                    batches = ranks.read(partial(source.next, *method.wanted(state)))
                 if chunks is None:
                     state, record = method.step(problem, state, *batches)
                     records = [record]
@@ -246,7 +246,7 @@ def _stops(
 
 
 class _Source:
-    """The batches of one outer iteration: (outer batch, inner batches, Hessian batches)."""
+    """The batches of one outer iteration, as :meth:`bilevel.method.Method.step` takes them."""
 
     def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int, ranks: Ranks) -> None:
         self._cycles = {
@@ -255,23 +255,36 @@ class _Source:
             if data is not None
         }
         self._steps, self._alone = steps, ranks.size == 1
-        cycle = self._cycles.get("inner_data")
-        self._single = cycle is not None and all(ranks.numbers(lambda: cycle.single))
+        # how many batches a pass has, on any rank
+        self._lengths = {
+            name: min(ranks.numbers(partial(getattr, cycle, "length")))
+            for name, cycle in self._cycles.items()
+        }
 
-    def next(self, hessian: int) -> tuple[Any, list[Any], list[Any] | None]:
-        """``hessian``: how many batches for the second derivatives."""
+    def next(self, outer: tuple[int, int], hessian: tuple[int, int]) -> Batches:
+        """As many batches for f, and for the second derivatives of g, as a method wants: those
+        that it is to average, and those that tell whether they are enough."""
         if "data" in self._cycles:
-            outer, inner = _pair(self._cycles["data"].next())
-            return outer, [inner] * self._steps, [inner]
-        outer = self._cycles["outer_data"].next() if "outer_data" in self._cycles else None
+            first, inner = _pair(self._cycles["data"].next())
+            return first, [inner] * self._steps, [inner], None
+        first, more = None, None
+        if "outer_data" in self._cycles:
+            cycle, length = self._cycles["outer_data"], self._lengths["outer_data"]
+            count, judges = outer
+            first, *more = cycle.take(min(count, max(1, length - judges)))
+            if judges and length > 1:
+                # its turn comes in the next iteration: where the order is always the same, what is
+                # only ever judged by would never be learned from
+                judge = cycle.peek()
+                more = [*more, judge] if judge is not None else more or None
         if "inner_data" not in self._cycles:
-            return outer, [None] * self._steps, None
+            return first, [None] * self._steps, None, more
         cycle = self._cycles["inner_data"]
         inner = cycle.take(self._steps)
-        drawn = cycle.take(1 if self._single else hessian)
+        drawn = cycle.take(1 if self._lengths["inner_data"] == 1 else sum(hessian))
         if self._alone:  # several ranks need as many each, to compute the same things
             drawn = list({id(batch): batch for batch in drawn}.values())
-        return outer, inner, drawn
+        return first, inner, drawn, more
 
     def state_dict(self) -> dict[str, Any]:
         return {name: cycle.state_dict() for name, cycle in self._cycles.items()}

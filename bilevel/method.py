@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, Inne
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.linear import CONCAVE, Learned
-from bilevel.noise import Noise
+from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes
@@ -41,6 +41,8 @@ SOLVERS = (
 )
 
 
+# outer, inner, for the Hessian, more outer ones: what a step takes
+Batches = tuple[Any, list[Any], "list[Any] | None", "list[Any] | None"]
 ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
 
 
@@ -66,6 +68,7 @@ class State:
     seconds: float = 0.0
     failures: int = 0  # outer searches that failed, one after the other
     noise: Noise = Noise()  # of the Hessian, where the batches that it averages are 'auto'
+    agreement: Agreement = Agreement()  # of outer batches, where their number is 'auto'
     learned: Learned = Learned()  # of the linear systems
 
     @property
@@ -89,7 +92,9 @@ class Method:
     Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial is
     judged: see :class:`bilevel.trials.Trials`; ``averages``, whether the average of the iterates
     may be the answer where there are batches: see :class:`bilevel.average.Average`; ``corrects``,
-    whether a y that lags behind y*(x) is brought nearer by a Newton step: see :func:`corrected`.
+    whether a y that lags behind y*(x) is brought nearer by a Newton step: see :func:`corrected`;
+    ``outer_batches``, of how many the outer loss is the mean; 'auto': as many as
+    :class:`bilevel.noise.Agreement` says.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Method:
     inner_solver: Callable[..., Any] | None = None
     averages: bool = True
     corrects: bool = True
+    outer_batches: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         require.instance("Method", "name", self.name, str, "a string")
@@ -114,6 +120,8 @@ class Method:
         require.choice("Method", "response", self.response, get_args(Response))
         for name in ("averages", "corrects"):
             require.flag("Method", name, getattr(self, name))
+        if not (isinstance(self.outer_batches, str) and self.outer_batches == "auto"):
+            require.whole("Method", "outer_batches", self.outer_batches, hint=", or 'auto'")
         if self.inner_solver is not None:
             count = 1 if callable(self.inner_solver) and takes(self.inner_solver, 1) else 3
             require.function("", "inner_solver", self.inner_solver, SOLVERS, count, classes=True)
@@ -129,11 +137,14 @@ class Method:
         layouts = Layout(x, "x"), Layout(y, "y")
         return State(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
 
-    def wanted(self, state: State) -> tuple[int, int]:
-        """How many inner batches the next hypergradient is of, and how many more are to tell
-        whether these are enough."""
-        batches = self.hypergradient.batches
-        return (state.noise.batches, 1) if batches == "auto" else (batches, 0)
+    def wanted(self, state: State) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of how many batches the next hypergradient is, and how many more are to tell whether
+        these are enough: of the outer loss, and of the inner one."""
+        outer, inner = self.outer_batches, self.hypergradient.batches
+        return (
+            (state.agreement.batches, 1) if outer == "auto" else (outer, 0),
+            (state.noise.batches, 1) if inner == "auto" else (inner, 0),
+        )
 
     def is_still(self, batched: bool, watched: bool) -> bool:
         """Whether g is the same in all that is given: no batches, or one where several are asked.
@@ -150,6 +161,7 @@ class Method:
         outer_batch: Any = None,
         inner_batches: Sequence[Any] | int = 1,
         hessian_batches: Sequence[Any] | None = None,
+        more_outer_batches: Sequence[Any] | None = None,
     ) -> tuple[State, Record]:
         """One outer iteration.
 
@@ -157,6 +169,9 @@ class Method:
             outer_batch: for the outer loss; None if it takes none.
             inner_batches: one per inner step; a number of steps if the inner loss takes none.
             hessian_batches: for the hypergradient; None: the last inner batches again.
+            more_outer_batches: independent of the first, as many as there are at hand: the outer
+                loss is the mean of the first ones, and the one after these tells whether they
+                agree; none: there is but that one; None: nothing is known of others.
 
         Returns:
             The new state and the record of this iteration. Where something was not finite or a
@@ -174,11 +189,16 @@ class Method:
         ):
             if batches is not None or name == "inner_batches":
                 require.several("step", name, batches)
+        none = isinstance(more_outer_batches, list | tuple) and not more_outer_batches
+        if more_outer_batches is not None and not none:
+            require.several("step", "more_outer_batches", more_outer_batches)
         oracle = make_oracle(problem, *state.layouts)
         oracle.require_data(outer_batch, inner_batches[0], "{}_batch", "a batch")
         oracle.cost = replace(state.cost)
         with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
-            outcome = self._step(oracle, state, outer_batch, inner_batches, hessian_batches)
+            outcome = self._step(
+                oracle, state, outer_batch, inner_batches, hessian_batches, more_outer_batches
+            )
         state, record = outcome
         seconds = state.seconds + time.perf_counter() - start
         return replace(state, seconds=seconds), replace(record, seconds=seconds)
@@ -190,13 +210,20 @@ class Method:
         outer_batch: Any,
         inner_batches: Sequence[Any],
         hessian_batches: Sequence[Any] | None,
+        more_outer_batches: Sequence[Any] | None,
     ) -> tuple[State, Record]:
         x, y = state.vectors
-        draws, outer = [Draw(batch) for batch in inner_batches], Draw(outer_batch)
+        draws = [Draw(batch) for batch in inner_batches]
+        outers = [Draw(batch) for batch in (outer_batch, *(more_outer_batches or []))]
         y, path, inner = self._inner(oracle, state, draws)
         given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
         hessian = oracle.distinct(given)
-        count, more = self.wanted(state)
+        (m, judges), (count, more) = self.wanted(state)
+        m = min(m, max(1, len(outers) - judges))
+        outer, fresh = oracle.joint(outers[:m]), outers[m : m + judges]
+        asked = judges > 0 and more_outer_batches is not None
+        alone = outer_batch is None or (asked and len(outers) == 1)
+        kappa = 1.0 if alone else state.agreement.kappa(m)
         hessian, others = hessian[:count], hessian[count : count + more]
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.learned)
         d, moments = self.direction(h.grad, state.moments)
@@ -204,10 +231,17 @@ class Method:
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
-        trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size)
+        trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size, kappa)
         move = self.outer_rule(trials.line, state.k, state.outer_last)
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
+
+        own = seen = h.value * math.nan
+        if fresh and h.fy is not None and response not in (None, "frozen"):  # or y stays behind
+            dx, dy = new_x - x, new_y - y
+            _, fx, fy = oracle.outer_gradients(x, y, fresh[0])
+            own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
+            seen = torch.dot(fx, dx) + torch.dot(fy, dy)
 
         lag = torch.zeros_like(h.value) if h.lag is None else h.lag
         excess, lag_there = h.value * math.nan, lag
@@ -215,7 +249,7 @@ class Method:
             excess, lag_there = h.elsewhere(others[0])
 
         average = state.average
-        noisy = any(draw.batch is not None for draw in (outer, *draws))
+        noisy = any(draw.batch is not None for draw in (*outers, *draws))
         average_value = average.value(oracle, outer) if average else h.value
 
         inner_value = h.inner_value if h.inner_value is not None else inner.value
@@ -238,11 +272,16 @@ class Method:
                     lag_there,
                     excess,
                     trials.apart,
+                    own,
+                    seen,
                 )
             ]
         ).tolist()
         value, inner_value, norm, alpha, beta, residual, finite, *numbers = numbers
-        difference, slope, here, there, excess, apart = numbers
+        difference, slope, here, there, excess, apart, own, seen = numbers
+        agreement = state.agreement
+        if alpha > 0:
+            agreement = agreement.add(own / alpha, seen / alpha, m)
         failure = _failure(value, inner_value, norm, finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
@@ -267,6 +306,7 @@ class Method:
             inner_failures=inner.failures,
             residual=None if h.residual is None else residual,
             hessian_batches=len(hessian),
+            outer_batches=m,
             gradients=cost.gradients,
             hessian_products=cost.hessian_products,
             loss_evaluations=cost.loss_evaluations,
@@ -297,6 +337,7 @@ class Method:
                 state.seconds,
                 state.failures + 1 if move.failed else 0,
                 state.noise.add(excess, len(hessian)).settle(state.k),
+                agreement.settle(state.k),
                 learned,
             ),
             record,

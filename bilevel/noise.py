@@ -1,4 +1,4 @@
-"""How many inner batches the second derivatives are averaged over: as their noise asks for."""
+"""How many batches a hypergradient is averaged over: as their noise asks for."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 from typing import NamedTuple
 
 ALLOWED = 0.06  # excess of curvature
+LEAST = 0.8  # kappa that outer batches are averaged for
 MOST = 8  # batches
 MEMORY = 16  # iterations that the mean looks back
 BOUND = 2 * ALLOWED * MOST  # of s, so that no batch counts for more than a run of others
 
 
 class Noise(NamedTuple):
-    """By how much the curvature along q is underrated by the batches that q was solved with.
+    """Of inner batches: by how much those that q was solved with underrate the curvature along it.
 
     q = H^-1 f_y, with the Hessian H of m batches, goes far where these happen to be flat. On an
     independent batch, with the Hessian H', there is more curvature, by a part that falls like 1/m:
@@ -43,8 +44,54 @@ class Noise(NamedTuple):
         """For the iteration after the k-th."""
         if not settles(k) or not self.terms:
             return self
-        wanted = min(max(self.level / ALLOWED, 1), MOST)
-        return self._replace(batches=2 ** round(math.log2(wanted)))
+        return self._replace(batches=_power(self.level / ALLOWED))
+
+
+class Agreement(NamedTuple):
+    """Of the outer batches: how much of what a step gains on its own a fresh one sees as well.
+
+    The slope of f along the step (dx, dy) on the m batches that it was computed from has a part
+    that is their noise, which falls like 1/m; on an independent batch that part is zero on average:
+
+        own = S + N / m,    fresh = S,    kappa = S / (S + N / m),
+
+    each <f_x, dx> + <f_y, dy> per unit of the step, the signs turned. It is measured in every
+    iteration on a batch that nothing else has seen; m = 1, 2, 4 or 8 brings kappa near ``LEAST``,
+    and changes when that of :class:`Noise` does. A search asks for less where kappa is large:
+    see :class:`bilevel.rules.Armijo`.
+
+    Attributes:
+        batches: m.   signal, noise: means of S and N.   terms: iterations in them.
+    """
+
+    batches: int = 1
+    signal: float = 0.0
+    noise: float = 0.0
+    terms: int = 0
+
+    def kappa(self, batches: int) -> float:
+        """For so many batches; 0 where nothing is known."""
+        return self.signal / (self.signal + self.noise / batches) if self.signal > 0 else 0.0
+
+    def add(self, own: float, fresh: float, batches: int) -> Agreement:
+        """With the slopes of a step of so many batches; nothing where it does not descend."""
+        if not (own < 0 and math.isfinite(own) and math.isfinite(fresh)):
+            return self
+        weight = 1 / min(self.terms + 1, MEMORY)
+        signal = self.signal + weight * (-fresh - self.signal)
+        noise = self.noise + weight * (batches * (fresh - own) - self.noise)
+        return self._replace(signal=signal, noise=noise, terms=self.terms + 1)
+
+    def settle(self, k: int) -> Agreement:
+        """For the iteration after the k-th."""
+        if not settles(k) or not self.terms:
+            return self
+        level = self.noise / self.signal if self.signal > 0 else math.inf
+        return self._replace(batches=_power(level * LEAST / (1 - LEAST)))
+
+
+def _power(wanted: float) -> int:
+    return 2 ** round(math.log2(min(max(wanted, 1), MOST)))
 
 
 def settles(k: int) -> bool:

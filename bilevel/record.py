@@ -25,6 +25,7 @@ class Record:
         residual: relative residual of the linear system; None where there is none.
         hessian_batches: how many inner batches the second derivatives are of; 1 where there are
             no batches, or steps are unrolled.
+        outer_batches: how many outer batches the outer loss is the mean of.
         gradients, hessian_products, loss_evaluations, seconds: cost of the whole run so far.
             Gradients and loss evaluations together count the calls of the two losses.
         failure: None, or what went wrong in words.
@@ -41,6 +42,7 @@ class Record:
     inner_failures: int
     residual: float | None
     hessian_batches: int
+    outer_batches: int
     gradients: int
     hessian_products: int
     loss_evaluations: int

@@ -18,6 +18,7 @@ from bilevel.steps import armijo, envelope, polyak, schedule
 
 Reset = Literal["grow", "last", "fixed"]
 NEAR = 2.0**20  # half of the halvings that a search has
+LEAST_C, MOST_C = 0.3, 0.6  # where c is 'auto'
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Line:
     Attributes:
         value: phi(0).   slope: phi'(0), negative on a descent direction.   phi: t -> phi(t).
         predicted: t -> the change of phi to first order; None: t phi'(0), a straight line.
+        kappa: share of the slope that independent batches see as well; 0 where it is not known.
     """
 
     value: Tensor
     slope: Tensor
     phi: Callable[[float], Tensor]
     predicted: Callable[[float], float] | None = None
+    kappa: float = 0.0
 
 
 class Move(NamedTuple):
@@ -73,7 +76,9 @@ class Armijo:
         initial: first step tried, > 0. The first search of a run brackets: from the power of two
             nearest to it, to the best one that can be reached while the loss falls, so that
             the value does not matter but for its trials.
-        c: share of the predicted decrease asked for, in (0, 1).
+        c: share of the predicted decrease asked for, in (0, 1); 'auto': 1 - kappa, between 0.3
+            and 0.6. Where phi is quadratic, c allows 2 (1 - c) times the step that is best for
+            its batch; without noise that may be long.
         slack: allowed increase relative to |phi(0)|, >= 0.
         reset: where a search starts: 'grow': ``growth`` times the last accepted step; 'last':
             that step, which can only fall; 'fixed': ``initial`` again.
@@ -85,7 +90,7 @@ class Armijo:
     """
 
     initial: float = 1.0
-    c: float = 0.5
+    c: float | Literal["auto"] = 0.5
     slack: float = 0.0
     reset: Reset = "grow"
     growth: float = 1.2
@@ -93,6 +98,10 @@ class Armijo:
 
     def searches(self, k: int, last: float | None) -> bool:
         return True
+
+    def share(self, kappa: float) -> float:
+        """c."""
+        return min(max(1 - kappa, LEAST_C), MOST_C) if self.c == "auto" else self.c
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         value, slope = torch.stack([line.value, line.slope]).tolist()
@@ -108,7 +117,7 @@ class Armijo:
             value,
             slope,
             predicted=predicted,
-            c=self.c,
+            c=self.share(line.kappa),
             slack=rounding + self.slack * abs(value),
         )
         start, grow, wasted = last or 0.0, None, 0

@@ -73,9 +73,12 @@ class Traced:
         return list(self.mean(level, draw, lambda loss: tuple(loss(x, y) for y in ys), zeros))
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        (fx, fy), value = grad_and_value(
-            partial(self._call, "outer", self._oracle._batch("outer", draw)), argnums=(0, 1)
-        )(x, y)
+        def function(loss: Loss) -> Tensors:
+            (fx, fy), value = grad_and_value(loss, argnums=(0, 1))(x, y)
+            return value, fx, fy
+
+        zeros = (y.new_zeros(()), torch.zeros_like(x), torch.zeros_like(y))
+        value, fx, fy = self.mean("outer", draw, function, zeros)
         return value, fx, fy
 
     def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -182,11 +185,13 @@ class Counted:
         return last[0]
 
 
-def move(rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor) -> Found:
-    """``rule`` along a line, as numbers of float64."""
+def move(
+    rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor, c: Any = None
+) -> Found:
+    """``rule`` along a line, as numbers of float64; ``c``: where that of a search is 'auto'."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        return search(rule, value, slope, phi, last)
+        return search(rule, value, slope, phi, last, rule.c if c is None else c)
     if isinstance(rule, Fixed):
         return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
     assert isinstance(rule, Polyak)
@@ -198,7 +203,7 @@ def move(rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tenso
     return torch.where(slope < 0, size, 0.0), last, nothing, nothing, nothing
 
 
-def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) -> Found:
+def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor, c: Any) -> Found:
     """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph."""
     rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
     value, slope = value.double(), slope.double()
@@ -228,7 +233,7 @@ def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor) -
         accepted, growing, far = accepted > 0, growing > 0, far > 0
         seen, cost = phi(t)
         seen = seen.double()
-        ok = seen.isfinite() & (seen <= value + rule.c * t * slope + allowed)
+        ok = seen.isfinite() & (seen <= value + c * t * slope + allowed)
         better = ok & (~accepted | (seen < lowest))
         refused = ~ok & ~accepted
         best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)

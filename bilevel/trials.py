@@ -38,6 +38,7 @@ class Trials:
         d: Tensor,
         response: Response | None,
         inner_size: float | Tensor,
+        kappa: float,
     ) -> None:
         self._oracle, self._outer, self._inner = oracle, outer, inner
         self._x, self._y = point
@@ -52,7 +53,8 @@ class Trials:
         value = h.value
         if response == "refine":  # base and trial on the same map y(t), or no t may do
             value = self.phi(0.0)
-        self.line = Line(value, slope, self.phi, self._predicted if self._projects else None)
+        predicted = self._predicted if self._projects else None
+        self.line = Line(value, slope, self.phi, predicted, kappa)
 
     def reach(self, t: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""

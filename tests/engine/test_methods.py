@@ -15,7 +15,7 @@ from bilevel import ConjugateGradient, Implicit, Method, Neumann, Problem, Unrol
 from bilevel.layout import Layout
 from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import Adam, Armijo, Steepest
+from bilevel.rules import LEAST_C, Adam, Armijo, Steepest
 from tests.engine import oracles
 from tests.tables import (
     METHODS,
@@ -150,7 +150,7 @@ def test_bisls_sgd_with_exact_parts_is_gradient_descent_on_the_value_function():
         alpha = record.outer_step
         assert relative(new, x - alpha * g) < 1e-7
         gain = case.F(x) - case.F(new)
-        assert gain >= 0.5 * alpha * g @ g * (1 - 1e-6)
+        assert gain >= LEAST_C * alpha * g @ g * (1 - 1e-6)
         longer = case.F(x) - case.F(x - 2 * alpha * g)
         if k:  # doubled from the last, halved until accepted
             assert longer < alpha * g @ g or record.outer_trials == 1

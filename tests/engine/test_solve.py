@@ -153,7 +153,8 @@ def test_solve_is_a_loop_with_batches():
         for k in range(6):
             taken = [inner_data[(at + j) % 7] for j in range(5)]
             at += 5
-            state, _ = method.step(problem, state, outer_data[k % 2], taken[:3], taken[3:])
+            more = [outer_data[(k + 1) % 2]]
+            state, _ = method.step(problem, state, outer_data[k % 2], taken[:3], taken[3:], more)
         assert torch.equal(result.x, state.x) and torch.equal(result.y, state.y)
 
 

@@ -231,7 +231,9 @@ def test_first_search_brackets_the_same_in_a_graph(initial, curvature):
 
     rule = Armijo(initial, c=0.1)
     plain = rule(Line(t(1.0), t(-1.0), lambda s: phi(t(s))[0]), 0, None)
-    size, last, trials, failed, looks = map(float, search(rule, t(1.0), t(-1.0), phi, t(math.nan)))
+    size, last, trials, failed, looks = map(
+        float, search(rule, t(1.0), t(-1.0), phi, t(math.nan), 0.1)
+    )
     assert (size, last, int(trials), bool(failed)) == (*plain[:3], plain.failed)
     assert looks == plain.trials
 

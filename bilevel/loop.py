@@ -57,7 +57,8 @@ def solve(
         x, y: where to start. Each a tensor, a nest of dict / list / tuple of floating tensors, or
             a Module, which is called inside the losses as usual (``y(x(images))``). Trees are not
             modified; a Module ends holding the solution.
-        outer_data, inner_data: re-iterables of batches (a DataLoader, a list), cycled.
+        outer_data, inner_data: re-iterables of batches (a DataLoader, a list), cycled. Of the
+            outer ones an iteration of :func:`bisls` reads up to eight, as their noise asks for.
         method: 'bisls-adam', 'bisls-sgd', 'bisps', 'adam', 'sgd', or an object made by
             :func:`bisls`, :func:`bisps` or :func:`fixed`.
         data: instead of the two, an iterable of (outer_batch, inner_batch) pairs, one per outer
@@ -276,6 +277,8 @@ class _Source:
                 # its turn comes in the next iteration: where the order is always the same, what is
                 # only ever judged by would never be learned from
                 judge = cycle.peek()
+                if judge is None and not self._alone:
+                    cycle.next()  # raises, as every rank must, or none
                 more = [*more, judge] if judge is not None else more or None
         if "inner_data" not in self._cycles:
             return first, [None] * self._steps, None, more

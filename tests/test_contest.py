@@ -67,7 +67,7 @@ class Serial:
         return map(function, jobs)
 
 
-def test_default_stays_on_its_way_with_batches_of_eight():
-    """Each of them can be fitted; with c = 1/2 along 'adam' F ended at 2.15, as by guessing."""
-    found = outcome(distillation(0, 8), "bisls-adam", STEPS, INNER, seed=0)
-    assert found["objective"] < 0.6
+def test_default_stays_on_its_way_with_batches_of_four():
+    """Each can be fitted: with steps for one of them F ended at 1.9, near guessing."""
+    found = outcome(distillation(1, 4), "bisls-adam", STEPS, INNER, seed=1)
+    assert found["objective"] < 0.4

@@ -20,7 +20,7 @@ class Cycle:
 
     The position is the number of batches of the present pass and the generators at its start, so
     that a shuffling DataLoader goes on with the same order; where a batch was looked at ahead of
-    its turn, the position before it and the generators after it. Data that has ``state_dict`` and
+    its turn, the position before it. Data that has ``state_dict`` and
     ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
     ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew.
 
@@ -140,7 +140,7 @@ class Cycle:
     def state_dict(self) -> dict[str, Any]:
         if self._ahead is None:
             return self._state()
-        return {**self._before, "after": self._generators()}
+        return {**self._before, "ahead": True}
 
     def _state(self) -> dict[str, Any]:
         if hasattr(self.data, "load_state_dict"):
@@ -157,10 +157,8 @@ class Cycle:
         present = all_generators(CPU)
         self._ahead = None
         self._go(state)
-        if "after" in state:
-            self._restore(state.get("now", {}))
+        if state.get("ahead"):
             self.peek()
-            self._restore(state["after"])
         restore_generators(present, CPU)
 
     def _go(self, state: dict[str, Any]) -> None:

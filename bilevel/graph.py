@@ -204,8 +204,7 @@ class Iterations:
 
         c: Any = None
         if isinstance(rule, Armijo) and rule.c == "auto":
-            kappa = torch.ones_like(k) if self.alone else _kappa(agreement, m)
-            c = (1 - kappa).clamp(LEAST_C, MOST_C)
+            c = _share(agreement, m, self.alone)
         found = move(rule, h.value, slope, phi, k, outer_last, c)
         alpha, outer_last_new, outer_trials, failed, evaluations = found
         new_x, new_y, _ = reach(alpha)
@@ -302,10 +301,11 @@ def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tup
     return torch.where(known, level + weight * (s - level), level), terms + known
 
 
-def _kappa(agreement: Sequence[Tensor], batches: Tensor | int) -> Tensor:
-    """:meth:`bilevel.noise.Agreement.kappa`."""
+def _share(agreement: Sequence[Tensor], batches: Tensor | int, alone: bool) -> Tensor:
+    """:meth:`bilevel.rules.Armijo.share` of :meth:`bilevel.noise.Agreement.kappa`."""
     signal, noise, _ = agreement
-    return torch.where(signal > 0, signal / (signal + noise / batches), 0.0)
+    kappa = torch.where(signal > 0, signal / (signal + noise / batches), 0.0)
+    return (1 - (torch.ones_like(kappa) if alone else kappa)).clamp(LEAST_C, MOST_C)
 
 
 def _agreement(

@@ -160,6 +160,10 @@ class Distillation:
         options = self.options
         unrolled = bilevel.Unrolled(window=options.window)
         made = method() if self.net.convex else method(hypergradient=unrolled)
+        train, size, seed = self.data.train, options.batch, options.seed
+        data: dict[str, Any] = {"data": Trainings(train, self.starts, size, seed)}
+        if self.net.convex:  # y has one solution, wherever it begins
+            data = {"outer_data": Placed(train, self.starts, size, seed), "inner_data": self.starts}
 
         def solve(**manners: Any) -> bilevel.Result:
             return bilevel.solve(
@@ -167,10 +171,10 @@ class Distillation:
                 self.inner,
                 self.x,
                 self.net.zeros(),
-                data=Trainings(self.data.train, self.starts, options.batch, options.seed),
                 method=made,
                 inner_steps=options.inner_steps,
                 warm_start=self.net.convex,
+                **data,
                 **manners,
             )
 
@@ -220,8 +224,8 @@ class Distillation:
         )
 
 
-class Trainings(Batches):
-    """Pairs (outer batch, inner batch): real images and where the model starts; and that alone."""
+class Placed(Batches):
+    """Real images, labels, and where the model starts."""
 
     def __init__(self, part: Part, starts: list[Parameters], size: int, seed: int) -> None:
         super().__init__(*part, size=size, seed=seed, drop_last=True)
@@ -230,9 +234,22 @@ class Trainings(Batches):
     def _start(self, epoch: int) -> Callable[[int], Any]:
         batch = super()._start(epoch)
 
-        def pair(position: int) -> Any:
+        def placed(position: int) -> Any:
             begin = self.starts[(epoch * len(self) + position) % len(self.starts)]
-            return (*batch(position), begin), begin
+            return *batch(position), begin
+
+        return placed
+
+
+class Trainings(Placed):
+    """Pairs (outer batch, inner batch): :class:`Placed`; and where the model starts alone."""
+
+    def _start(self, epoch: int) -> Callable[[int], Any]:
+        placed = super()._start(epoch)
+
+        def pair(position: int) -> Any:
+            batch = placed(position)
+            return batch, batch[-1]
 
         return pair
 

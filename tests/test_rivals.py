@@ -466,7 +466,7 @@ def test_batches_are_those_of_solve():
     source = _Source(data["outer_data"], data["inner_data"], None, T, Ranks(torch.device("cpu")))
     expected = []
     for _ in range(6):
-        outer, inner, hessian = source.next(extra)
+        outer, inner, hessian, _ = source.next((1, 0), (extra, 0))
         expected += [outer, *inner, *hessian]
     seen = []
 

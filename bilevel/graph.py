@@ -304,7 +304,7 @@ def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tup
 def _share(agreement: Sequence[Tensor], batches: Tensor | int, alone: bool) -> Tensor:
     """:meth:`bilevel.rules.Armijo.share` of :meth:`bilevel.noise.Agreement.kappa`."""
     signal, noise, _ = agreement
-    kappa = torch.where(signal > 0, signal / (signal + noise / batches), 0.0)
+    kappa = torch.where(signal > 0, signal / (signal + noise.clamp(min=0) / batches), 0.0)
     return (1 - (torch.ones_like(kappa) if alone else kappa)).clamp(LEAST_C, MOST_C)
 
 

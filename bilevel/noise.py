@@ -70,8 +70,9 @@ class Agreement(NamedTuple):
     terms: int = 0
 
     def kappa(self, batches: int) -> float:
-        """For so many batches; 0 where nothing is known."""
-        return self.signal / (self.signal + self.noise / batches) if self.signal > 0 else 0.0
+        """For so many batches, in [0, 1]; 0 where nothing is known."""
+        noise = max(self.noise, 0.0) / batches
+        return self.signal / (self.signal + noise) if self.signal > 0 else 0.0
 
     def add(self, own: float, fresh: float, batches: int) -> Agreement:
         """With the slopes of a step of so many batches; nothing where it does not descend."""

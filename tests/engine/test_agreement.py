@@ -54,6 +54,7 @@ def test_kappa_is_what_the_two_slopes_say() -> None:
         assert seen.kappa(m) == pytest.approx(3 / (3 + 8 / m))
     for own, fresh in ((0.0, -1.0), (1.0, -1.0), (math.nan, -1.0), (-1.0, math.inf)):
         assert seen.add(own, fresh, 1) == seen
+    assert Agreement(1, 1.0, -1.0, 3).kappa(1) == Agreement(1, 1.0, -9.0, 3).kappa(2) == 1.0
     against = Agreement().add(-1.0, 0.5, 1)  # what the step gains is lost elsewhere
     assert against.kappa(8) == 0.0 and against.settle(0).batches == 8
 
@@ -247,7 +248,7 @@ def test_an_error_ahead_comes_in_its_turn() -> None:
 
 def test_the_graph_computes_the_same() -> None:
     slopes_of = ((-1.0, -0.4), (-1.0, 0.3), (0.5, -0.2), (math.nan, 1.0), (-1.0, math.nan))
-    for signal, noise in ((2.0, 3.0), (-1.0, 2.0), (0.0, 0.0), (2.0, -0.5)):
+    for signal, noise in ((2.0, 3.0), (-1.0, 2.0), (0.0, 0.0), (2.0, -0.5), (2.0, -2.0)):
         for own, fresh in slopes_of:
             for m, terms in ((1, 0), (4, 3), (8, 40)):
                 plain = Agreement(m, signal, noise, terms)

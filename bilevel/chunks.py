@@ -19,7 +19,7 @@ from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, ConjugateGradient, Learned, StochasticNeumann
 from bilevel.method import Batches, Method, State, _failure
-from bilevel.noise import MOST, Agreement, Noise, settles
+from bilevel.noise import MOST, Agreement, Noise, averaged, settles
 from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
@@ -130,7 +130,7 @@ class Chunks:
     def _joined(self, state: State, batches: Batches) -> _Joined:
         (m, judges), (count, more) = self.method.wanted(state)
         outers, given = 1 + len(batches[3] or []), len(batches[2] or [None])
-        m = min(m, max(1, outers - judges))
+        m = averaged(m, judges, outers)
         count, joins = min(count, given), self._implicit.average != 1
         return _Joined(
             (outers > 1, joins and given > 1),
@@ -183,7 +183,7 @@ class Chunks:
             self.fresh,
             joined.loop,
             joined.watched,
-            batches[0] is None or (self.method.outer_batches == "auto" and batches[3] == []),
+            self.method.is_alone(batches[0], batches[3]),
             isinstance(self._implicit.solver, ConjugateGradient)
             and is_small(self.problem.habit, self.start),
         )

@@ -17,6 +17,7 @@ from bilevel.data import Cycle
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
 from bilevel.method import Batches, Method, State
+from bilevel.noise import averaged
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
 from bilevel.progress import Bar
@@ -272,7 +273,7 @@ class _Source:
         if "outer_data" in self._cycles:
             cycle, length = self._cycles["outer_data"], self._lengths["outer_data"]
             count, judges = outer
-            first, *more = cycle.take(min(count, max(1, length - judges)))
+            first, *more = cycle.take(averaged(count, judges, length))
             if judges and length > 1:
                 # its turn comes in the next iteration: where the order is always the same, what is
                 # only ever judged by would never be learned from

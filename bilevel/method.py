@@ -20,7 +20,7 @@ from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, Inne
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.linear import CONCAVE, Learned
-from bilevel.noise import Agreement, Noise
+from bilevel.noise import Agreement, Noise, averaged
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes
@@ -154,6 +154,12 @@ class Method:
         """
         return not batched or (self.hypergradient.batches == "auto" and not watched)
 
+    def is_alone(self, outer_batch: Any, more: Sequence[Any] | None) -> bool:
+        """Whether f is the same in all that is given: no batch, or no other where some are asked
+        for; ``more`` as :meth:`step` takes them."""
+        asked = self.outer_batches == "auto" and more is not None
+        return outer_batch is None or (asked and not more)
+
     def step(
         self,
         problem: Problem,
@@ -219,10 +225,9 @@ class Method:
         given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
         hessian = oracle.distinct(given)
         (m, judges), (count, more) = self.wanted(state)
-        m = min(m, max(1, len(outers) - judges))
+        m = averaged(m, judges, len(outers))
         outer, fresh = oracle.joint(outers[:m]), outers[m : m + judges]
-        asked = judges > 0 and more_outer_batches is not None
-        alone = outer_batch is None or (asked and len(outers) == 1)
+        alone = self.is_alone(outer_batch, more_outer_batches)
         kappa = 1.0 if alone else state.agreement.kappa(m)
         hessian, others = hessian[:count], hessian[count : count + more]
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.learned)

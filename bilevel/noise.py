@@ -95,5 +95,10 @@ def _power(wanted: float) -> int:
     return 2 ** round(math.log2(min(max(wanted, 1), MOST)))
 
 
+def averaged(batches: int, judges: int, given: int) -> int:
+    """Of how many the mean is where so many are given, of which the last are to judge it."""
+    return min(batches, max(1, given - judges))
+
+
 def settles(k: int) -> bool:
     return (k + 1) & k == 0

@@ -100,7 +100,7 @@ class Armijo:
         return True
 
     def share(self, kappa: float) -> float:
-        """c."""
+        """c, as a number."""
         return min(max(1 - kappa, LEAST_C), MOST_C) if self.c == "auto" else self.c
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:

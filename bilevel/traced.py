@@ -188,10 +188,11 @@ class Counted:
 def move(
     rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor, c: Any = None
 ) -> Found:
-    """``rule`` along a line, as numbers of float64; ``c``: where that of a search is 'auto'."""
+    """``rule`` along a line, as numbers of float64; ``c`` of a search, where it is 'auto' and
+    kappa is known."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        return search(rule, value, slope, phi, last, rule.c if c is None else c)
+        return search(rule, value, slope, phi, last, rule.share(0.0) if c is None else c)
     if isinstance(rule, Fixed):
         return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
     assert isinstance(rule, Polyak)

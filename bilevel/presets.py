@@ -24,6 +24,9 @@ DEFAULT = Implicit(ConjugateGradient(steps=20, rtol="auto"), average="auto")
 # what is best for one of them is too long for all data
 INNER_C = 0.8
 
+# Share of its last step that the outer search remembers at least: a fall by more is one batch's
+RETAIN = 0.5
+
 # Little momentum and a bounded preconditioner: a searched step needs a direction of descent
 SEARCHED_ADAM = Adam(beta1=0.5, beta2=0.999, eps=1e-2, normalised=True)
 
@@ -78,7 +81,7 @@ def bisls(
         f"bisls-{direction}",
         _hypergradient(hypergradient),
         SEARCHED_ADAM if direction == "adam" else Steepest(),
-        Armijo(outer_step, "auto", slack, reset, growth),
+        Armijo(outer_step, "auto", slack, reset, growth, retain=RETAIN),
         Armijo(inner_step, INNER_C, reset=reset, growth=growth),
         response,
         inner_solver,

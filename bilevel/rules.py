@@ -77,13 +77,16 @@ class Armijo:
             nearest to it, to the best one that can be reached while the loss falls, so that
             the value does not matter but for its trials.
         c: share of the predicted decrease asked for, in (0, 1); 'auto': 1 - kappa, between 0.3
-            and 0.6. Where phi is quadratic, c allows 2 (1 - c) times the step that is best for
-            its batch; without noise that may be long.
+            and 0.6, and 0.3 where a search brackets, which seeks the best and not the longest.
+            Where phi is quadratic, c allows 2 (1 - c) times the step that is best for its batch;
+            without noise that may be long.
         slack: allowed increase relative to |phi(0)|, >= 0.
         reset: where a search starts: 'grow': ``growth`` times the last accepted step; 'last':
             that step, which can only fall; 'fixed': ``initial`` again.
         growth: > 1. Steps fall by halves at once and come back slowly, so that under noise they
             follow the short ones among those that recent batches allow.
+        retain: share of the last step that is remembered at least, in [0, 1), however short the
+            one that was found: where phi has kinks, one refusal says little about the next batch.
         max_trials: after which the search has failed: no step is taken, and none remembered.
 
     Reference: BiSLS (arXiv 2305.18666); the reset options are its options 3, 2 and 1.
@@ -95,13 +98,18 @@ class Armijo:
     reset: Reset = "grow"
     growth: float = 1.2
     max_trials: int = 40
+    retain: float = 0.0
 
     def searches(self, k: int, last: float | None) -> bool:
         return True
 
-    def share(self, kappa: float) -> float:
+    def share(self, kappa: float, last: float | None) -> float:
         """c, as a number."""
-        return min(max(1 - kappa, LEAST_C), MOST_C) if self.c == "auto" else self.c
+        if self.c != "auto":
+            return self.c
+        if last is None and self.reset != "fixed":
+            return LEAST_C
+        return min(max(1 - kappa, LEAST_C), MOST_C)
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         value, slope = torch.stack([line.value, line.slope]).tolist()
@@ -117,7 +125,7 @@ class Armijo:
             value,
             slope,
             predicted=predicted,
-            c=self.share(line.kappa),
+            c=self.share(line.kappa, last),
             slack=rounding + self.slack * abs(value),
         )
         start, grow, wasted = last or 0.0, None, 0
@@ -142,7 +150,7 @@ class Armijo:
         trials = found.trials + wasted
         if not found.accepted:
             return Move(0.0, last, trials, failed=True)
-        return Move(found.step, found.step, trials)
+        return Move(found.step, max(found.step, self.retain * (last or 0.0)), trials)
 
 
 @dataclass(frozen=True)

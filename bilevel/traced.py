@@ -19,7 +19,7 @@ from torch.func import grad_and_value
 from bilevel.compiled import second_derivatives
 from bilevel.linear import ConjugateGradient, Learned, Product, Solver, seen
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import NEAR, Armijo, Fixed, Polyak, Rule
+from bilevel.rules import LEAST_C, NEAR, Armijo, Fixed, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # size, last, trials, failed, evaluations
@@ -192,7 +192,7 @@ def move(
     kappa is known."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        return search(rule, value, slope, phi, last, rule.share(0.0) if c is None else c)
+        return search(rule, value, slope, phi, last, rule.share(0.0, 0.0) if c is None else c)
     if isinstance(rule, Fixed):
         return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
     assert isinstance(rule, Polyak)
@@ -212,6 +212,9 @@ def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor, c
     descends = sound & (slope < 0)
     allowed = rounding + rule.slack * value.abs()
     first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
+    brackets = growing = first & (rule.reset != "fixed")
+    if rule.c == "auto":
+        c = torch.where(brackets, LEAST_C, c)
     start = last * (rule.growth if rule.reset == "grow" else 1)
     if rule.reset == "fixed":
         start = torch.full_like(last, rule.initial)
@@ -223,7 +226,6 @@ def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor, c
     far = lost & (decrease > 0)
     further = start * (8 * rounding / decrease).clamp(max=NEAR)
     start = torch.where(far, further, torch.where(lost, last, start))
-    brackets = growing = first & (rule.reset != "fixed")
     nothing = torch.zeros_like(value)
 
     def going(tally: Tensor) -> Tensor:
@@ -254,4 +256,5 @@ def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor, c
     _, best, _, accepted, _, _, _, trials, evaluations, _ = found.unbind()
     size = torch.where(accepted > 0, best, 0.0)
     failed = ~sound | (descends & (accepted == 0))
-    return size, torch.where(accepted > 0, best, last), trials, failed.double(), evaluations
+    remembered = torch.maximum(best, rule.retain * last.nan_to_num(0.0))
+    return size, torch.where(accepted > 0, remembered, last), trials, failed.double(), evaluations

@@ -30,6 +30,11 @@ def outer(x, y, batch):
     return F.softplus(-labels * (features @ y)).mean()
 
 
+def direct(x, y, batch):
+    """Of x itself as well, to which a search along y as it is can answer."""
+    return outer(x, y, batch) + ((x - 1) ** 2 * torch.arange(1.0, 6.0)).sum()
+
+
 def inner(x, y, batch):
     return outer(x, y, batch) + 0.5 * (x.exp() * y * y).sum()
 
@@ -53,8 +58,8 @@ SOBA = bilevel.fixed("sgd", 0.05, 0.3, Implicit(OneStep()), decay=0.5)
 METHODS = {
     "bisls-adam": (bilevel.bisls("adam"), {"inner_steps": 3}),
     "bisls-sgd, fresh": (
-        bilevel.bisls("sgd", slack=0.01, reset="last", response="frozen"),
-        {"warm_start": False, "inner_steps": 2},
+        bilevel.bisls("sgd", slack=1e-6, response="frozen"),
+        {"warm_start": False, "inner_steps": 2, "outer": direct, "outer_data": batches(44, 44)},
     ),
     "bisps": (bilevel.bisps(hypergradient=Implicit(Neumann(4))), {"inner_steps": 1}),
     "adam": (

@@ -157,6 +157,27 @@ def test_bisls_sgd_with_exact_parts_is_gradient_descent_on_the_value_function():
         x = new
 
 
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+def test_one_odd_batch_costs_a_search_and_not_the_step(direction):
+    """Where f curves up at once on one batch alone, the step falls, and is half of the one before
+    it in the next iteration at least."""
+
+    def outer(x, y, batch):
+        anchor, steepness = batch
+        return (t([1.0, 0.3]) * (y - 1) ** 2).sum() + steepness * ((y - anchor) ** 2).sum()
+
+    method = bilevel.bisls(
+        direction, hypergradient=EXACT, inner_solver=lambda x, y, batches: x.clone()
+    )
+    problem = Problem(outer, lambda x, y: ((y - x) ** 2).sum())
+    state, steps = method.init(t([40.0, -30.0]), t([0.0, 0.0])), []
+    for k in range(6):
+        state, record = method.step(problem, state, (state.x, 1e4 if k == 4 else 0.0), 1)
+        steps.append(record.outer_step)
+    assert 0 < steps[4] < steps[3] / 16
+    assert steps[5] >= steps[3] / 2
+
+
 def adam_as(direction):
     # 2^60 + sqrt(v) rounds to 2^60: A is the identity times a power of two, which is exact
     rule, scale = (Adam(0.0, 0.999, 2.0**60), 2.0**60) if direction else (Steepest(), 1.0)

@@ -1,6 +1,7 @@
 """Step-size rules on lines: bounds that are proven, paths that are computed by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -236,6 +237,54 @@ def test_first_search_brackets_the_same_in_a_graph(initial, curvature):
     )
     assert (size, last, int(trials), bool(failed)) == (*plain[:3], plain.failed)
     assert looks == plain.trials
+
+
+@pytest.mark.parametrize("last", [None, 0.7, 1e-3])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Armijo(c="auto", retain=0.5),
+        Armijo(0.3, c="auto", reset="fixed", retain=0.5),
+        Armijo(c=0.4, reset="last", slack=1e-6, retain=0.2),
+    ],
+)
+def test_a_search_is_the_same_in_a_graph(rule, last):
+    """What it takes, what it remembers, what it asks for; on lines that allow long steps, short
+    ones after many halvings, and none."""
+    from bilevel.traced import search
+
+    def kinked(s, at, left):  # the share of the decrease that is left beyond `at`
+        return torch.where(s <= at, 1 - s, 1 - left * s), 1
+
+    found = set()
+    lines = ((2.0, 0.1), (0.5, 0.45), (0.02, 0.1), (0.02, 0.35), (1e-5, 0.1), (0.0, -0.5))
+    for at, left in lines:
+        phi = partial(kinked, at=at, left=left)
+        for kappa in (0.0, 0.5, 1.0):
+            line = Line(t(1.0), t(-1.0), lambda s, phi=phi: phi(t(s))[0], kappa=kappa)
+            plain = rule(line, 3, last)
+            c = t(rule.share(kappa, 1.0))
+            carried = t(math.nan if last is None else last)
+            size, after, trials, failed, _ = search(rule, line.value, line.slope, phi, carried, c)
+            expected = math.nan if plain.last is None else plain.last
+            assert float(size) == pytest.approx(plain.size, rel=1e-12)
+            assert float(after) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+            assert (int(trials), bool(failed)) == (plain.trials, plain.failed)
+            found.add((plain.size, plain.last))
+    assert len(found) > 2
+
+
+def test_how_much_of_its_last_step_a_search_retains():
+    def line(longest):
+        return Line(t(1.0), t(-1.0), lambda s: t(1 - s if s <= longest else 2.0))
+
+    for retain, remembered in ((0.0, 1.2 / 64), (0.5, 0.5), (0.01, 1.2 / 64)):
+        move = Armijo(retain=retain)(line(0.03), 3, 1.0)
+        assert (move.size, move.last, move.trials) == (1.2 / 64, remembered, 7)
+    move = Armijo(retain=0.5)(line(1.0), 3, 1.0)  # a fall by half is remembered as it is
+    assert move.size == move.last == 0.6
+    assert Armijo(retain=0.5, max_trials=3)(line(0.03), 3, 1.0).last == 1.0  # nothing was found
+    assert Armijo(retain=0.5)(line(0.03), 0, None).last == 2.0**-6  # nor was there one before
 
 
 def test_bracketing_stops_where_the_loss_rises():

@@ -25,7 +25,7 @@ DEFAULT = Implicit(ConjugateGradient(steps=20, rtol="auto"), average="auto")
 INNER_C = 0.8
 
 # Share of its last step that the outer search remembers at least: a fall by more is one batch's
-RETAIN = 0.5
+RETAIN = 0.25
 
 # Little momentum and a bounded preconditioner: a searched step needs a direction of descent
 SEARCHED_ADAM = Adam(beta1=0.5, beta2=0.999, eps=1e-2, normalised=True)
@@ -76,12 +76,13 @@ def bisls(
     require.choice("bisls", "reset", reset, ("grow", "last", "fixed"))
     require.choice("bisls", "response", response, ("tangent", "refine", "frozen"))
     # small batches lead an Adam direction astray where steps double, but not h where y follows
-    growth = 2.0 if direction == "sgd" and response == "tangent" else 1.2
+    follows = response == "tangent"
+    growth = 2.0 if direction == "sgd" and follows else 1.2
     return Method(
         f"bisls-{direction}",
         _hypergradient(hypergradient),
         SEARCHED_ADAM if direction == "adam" else Steepest(),
-        Armijo(outer_step, "auto", slack, reset, growth, retain=RETAIN),
+        Armijo(outer_step, "auto", slack, reset, growth, retain=RETAIN if follows else 0.0),
         Armijo(inner_step, INNER_C, reset=reset, growth=growth),
         response,
         inner_solver,

@@ -159,8 +159,8 @@ def test_bisls_sgd_with_exact_parts_is_gradient_descent_on_the_value_function():
 
 @pytest.mark.parametrize("direction", ["adam", "sgd"])
 def test_one_odd_batch_costs_a_search_and_not_the_step(direction):
-    """Where f curves up at once on one batch alone, the step falls, and is half of the one before
-    it in the next iteration at least."""
+    """Where f curves up at once on one batch alone, the step falls, and grows from a quarter
+    of the one before it in the next iteration."""
 
     def outer(x, y, batch):
         anchor, steepness = batch
@@ -175,7 +175,7 @@ def test_one_odd_batch_costs_a_search_and_not_the_step(direction):
         state, record = method.step(problem, state, (state.x, 1e4 if k == 4 else 0.0), 1)
         steps.append(record.outer_step)
     assert 0 < steps[4] < steps[3] / 16
-    assert steps[5] >= steps[3] / 2
+    assert steps[5] > 0.28 * steps[3]
 
 
 def adam_as(direction):

@@ -75,6 +75,8 @@ def variants() -> dict[str, Method]:
         "inner c = 0.9": replace(default, inner_rule=replace(inner, c=0.9)),
         "slack 0.01": armijo(slack=0.01),
         "inner steps fixed at 0.3": replace(default, inner_rule=Fixed(0.3)),
+        "retain 0": armijo(retain=0.0),
+        "retain 1/2": armijo(retain=0.5),
         "growth 2": replace(armijo(growth=2.0), inner_rule=replace(inner, growth=2.0)),
         "no average": replace(default, averages=False),
         "no correction": replace(default, corrects=False),

@@ -20,7 +20,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
-from bilevel.method import Method, is_behind
+from bilevel.method import Method, is_behind, slopes
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import LEAST_C, MOST_C, Armijo, Moments
@@ -213,13 +213,9 @@ class Iterations:
         agreement_new = agreement
         told = self.watches[0] and follow is not None
         if told:
-            assert h.fy is not None
-            dx, dy = new_x - x, new_y - y
-            _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
-            own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
-            seen = torch.dot(fx, dx) + torch.dot(fy, dy)
-            slopes = own.double() / alpha, seen.double() / alpha
-            agreement_new = _agreement(agreement, *slopes, m)
+            judge, step = outer_of(joined[0]), (new_x - x, new_y - y)
+            own, seen = slopes(oracle, (x, y), step, h, judge)  # type: ignore[arg-type]
+            agreement_new = _agreement(agreement, own.double() / alpha, seen.double() / alpha, m)
 
         # what is kept: all of it, or, where numbers are not finite, nothing
         norm = torch.linalg.vector_norm(h.grad)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -241,75 +241,62 @@ class Method:
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
 
-        own = seen = h.value * math.nan
+        own = seen = excess = h.value * math.nan
         if fresh and h.fy is not None and response not in (None, "frozen"):  # or y stays behind
-            dx, dy = new_x - x, new_y - y
-            _, fx, fy = oracle.outer_gradients(x, y, fresh[0])
-            own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
-            seen = torch.dot(fx, dx) + torch.dot(fy, dy)
-
-        lag = torch.zeros_like(h.value) if h.lag is None else h.lag
-        excess, lag_there = h.value * math.nan, lag
+            own, seen = slopes(oracle, (x, y), (new_x - x, new_y - y), h, fresh[0])
+        here = there = torch.zeros_like(h.value) if h.lag is None else h.lag
         if others and h.elsewhere:
-            excess, lag_there = h.elsewhere(others[0])
-
+            excess, there = h.elsewhere(others[0])
         average = state.average
         noisy = any(draw.batch is not None for draw in (*outers, *draws))
         average_value = average.value(oracle, outer) if average else h.value
-
         inner_value = h.inner_value if h.inner_value is not None else inner.value
         if self.inner_solver is None:
             inner_value = inner_value + 0 * inner.value  # NaN where any inner step had no number
-        numbers = torch.stack(
-            [
-                torch.as_tensor(number, dtype=torch.float64, device=x.device)
-                for number in (
-                    h.value,
-                    inner_value,
-                    torch.linalg.vector_norm(h.grad),
-                    move.size,
-                    inner.size,
-                    math.nan if h.residual is None else h.residual,
-                    new_x.isfinite().all() & new_y.isfinite().all(),
-                    h.value - average_value,
-                    trials.line.slope,
-                    lag,
-                    lag_there,
-                    excess,
-                    trials.apart,
-                    own,
-                    seen,
-                )
-            ]
-        ).tolist()
-        value, inner_value, norm, alpha, beta, residual, finite, *numbers = numbers
-        difference, slope, here, there, excess, apart, own, seen = numbers
+        n = _Numbers(
+            value=h.value,
+            inner_value=inner_value,
+            norm=torch.linalg.vector_norm(h.grad),
+            alpha=move.size,
+            beta=inner.size,
+            residual=math.nan if h.residual is None else h.residual,
+            finite=new_x.isfinite().all() & new_y.isfinite().all(),
+            difference=h.value - average_value,
+            slope=trials.line.slope,
+            here=here,
+            there=there,
+            excess=excess,
+            apart=trials.apart,
+            own=own,
+            seen=seen,
+        ).on_host(x.device)
         agreement = state.agreement
-        if alpha > 0:
-            agreement = agreement.add(own / alpha, seen / alpha, m)
-        failure = _failure(value, inner_value, norm, finite, move)
+        if n.alpha > 0:
+            agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, m)
+        failure = _failure(n.value, n.inner_value, n.norm, n.finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
-        numeric = not all(map(math.isfinite, (value, inner_value, norm))) or not finite
+        numeric = not all(map(math.isfinite, (n.value, n.inner_value, n.norm))) or not n.finite
         still = self.is_still(draws[0].batch is not None, bool(others))
-        behind = is_behind(here, there, alpha * abs(slope))
+        behind = is_behind(n.here, n.there, n.alpha * abs(n.slope))
         if self.corrects and behind and not (numeric or move.failed):
             if state.k == 0 and still and h.learned[-1].concave <= CONCAVE:
                 # y comes from the user's start: h is of another place than y*(x), and x waits
-                new_x, new_y, move, alpha = x, y, Move(0.0, None, move.trials), 0.0
+                new_x, new_y, move = x, y, Move(0.0, None, move.trials)
+                n = n._replace(alpha=0.0)
             new_y, learned = corrected(oracle, new_x, new_y, h, draws[0])
             h.learned.append(learned)
         cost = oracle.cost
         record = Record(
             k=state.k,
-            outer_loss=value,
-            inner_loss=inner_value,
-            hypergrad_norm=norm,
-            outer_step=alpha,
-            inner_step=beta,
+            outer_loss=n.value,
+            inner_loss=n.inner_value,
+            hypergrad_norm=n.norm,
+            outer_step=n.alpha,
+            inner_step=n.beta,
             outer_trials=move.trials,
             inner_trials=inner.trials,
             inner_failures=inner.failures,
-            residual=None if h.residual is None else residual,
+            residual=None if h.residual is None else n.residual,
             hessian_batches=len(hessian),
             outer_batches=m,
             gradients=cost.gradients,
@@ -322,9 +309,9 @@ class Method:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
         if still:  # noise, where there is some, is not to be fitted closer
-            learned = learned.judge(apart)
-        if average and math.isfinite(difference):
-            average = average.compare(difference).add(oracle, x, y)
+            learned = learned.judge(n.apart)
+        if average and math.isfinite(n.difference):
+            average = average.compare(n.difference).add(oracle, x, y)
         elif self.averages and noisy:
             average = Average(x, y)
         return (
@@ -341,7 +328,7 @@ class Method:
                 cost,
                 state.seconds,
                 state.failures + 1 if move.failed else 0,
-                state.noise.add(excess, len(hessian)).settle(state.k),
+                state.noise.add(n.excess, len(hessian)).settle(state.k),
                 agreement.settle(state.k),
                 learned,
             ),
@@ -392,6 +379,20 @@ def feasible(oracle: Oracle, x: Tensor, g: Tensor, d: Tensor, t: float) -> Tenso
     steepest = -torch.linalg.vector_norm(d) * unit(g)
     scaled, plain = (torch.dot(g, unit(oracle.project(x + t * s) - x)) for s in (d, steepest))
     return torch.where(scaled <= ANGLE * plain, d, steepest)
+
+
+def slopes(
+    oracle: Oracle,
+    point: tuple[Tensor, Tensor],
+    step: tuple[Tensor, Tensor],
+    h: Estimate,
+    fresh: Draw,
+) -> tuple[Tensor, Tensor]:
+    """<f_x, dx> + <f_y, dy> at the point, of the draw that h was computed on and of a fresh one."""
+    assert h.fy is not None
+    (dx, dy), (_, fx, fy) = step, oracle.outer_gradients(*point, fresh)
+    own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
+    return own, torch.dot(fx, dx) + torch.dot(fy, dy)
 
 
 def is_behind(here: Any, there: Any, gain: Any) -> Any:
@@ -448,6 +449,31 @@ def _failure(
     if not finite:
         return "the step led to a point that is not finite"
     return None
+
+
+class _Numbers(NamedTuple):
+    """What the host looks at of an iteration: numbers, or tensors of one."""
+
+    value: Any
+    inner_value: Any
+    norm: Any
+    alpha: Any
+    beta: Any
+    residual: Any
+    finite: Any
+    difference: Any
+    slope: Any
+    here: Any
+    there: Any
+    excess: Any
+    apart: Any
+    own: Any
+    seen: Any
+
+    def on_host(self, device: torch.device) -> _Numbers:
+        """All of them, at the cost of waiting once."""
+        wide = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in self)
+        return _Numbers(*torch.stack(list(wide)).tolist())
 
 
 @dataclass

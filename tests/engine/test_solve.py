@@ -206,6 +206,7 @@ def test_fresh_iterator_per_pass():
         t([0.0]),
         t([0.0]),
         outer_data=Data(),
+        method="sgd",  # of one batch in each iteration
         steps=5,
         inner_steps=1,
     )

@@ -118,7 +118,11 @@ class Armijo:
         if slope >= 0:
             return Move(0.0, last)
         rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
-        predicted = line.predicted or (lambda t: t * slope)
+
+        def predicted(t: float) -> float:
+            change = t * slope if line.predicted is None else line.predicted(t)
+            return 0.0 if 0 < change <= rounding else change  # where a projection leaves nothing
+
         search = partial(
             armijo,
             lambda t: float(line.phi(t)),

@@ -274,6 +274,18 @@ def test_a_search_is_the_same_in_a_graph(rule, last):
     assert len(found) > 2
 
 
+def test_what_a_projection_leaves_to_rounding_is_no_failure():
+    """At the solution long steps gain nothing and short ones are predicted to gain, or lose, less
+    than can be told: one of these is taken. What is predicted to lose more is refused."""
+    for left, failed in ((1e-15, False), (1e-13, True)):
+        line = Line(
+            t(1.0), t(-1.0), lambda s: t(1.0 + 1e-4 * s**2), lambda s, e=left: e - 1e-11 * s
+        )
+        move = Armijo()(line, 3, 1.0)
+        assert move.failed == failed
+        assert (0 < move.size < 1e-4) != failed
+
+
 def test_how_much_of_its_last_step_a_search_retains():
     def line(longest):
         return Line(t(1.0), t(-1.0), lambda s: t(1 - s if s <= longest else 2.0))

@@ -58,7 +58,8 @@ def bisls(
         slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
             response y(alpha) that the hypergradient differentiates.
         reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' on the tangent
-            twice it), 'last', 'fixed'.
+            twice it; an outer step on the tangent counts as a quarter of the one before at
+            least), 'last', 'fixed'.
         hypergradient: None: implicit, by conjugate gradients to a relative residual of 0.1 in at
             most 20 steps, or less where g has no noise and the slope asks for it; g averaged over
             as many inner batches as its noise asks for.

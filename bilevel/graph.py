@@ -213,8 +213,8 @@ class Iterations:
         agreement_new = agreement
         told = self.watches[0] and follow is not None
         if told:
-            judge, step = outer_of(joined[0]), (new_x - x, new_y - y)
-            own, seen = slopes(oracle, (x, y), step, h, judge)  # type: ignore[arg-type]
+            _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
+            own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
             agreement_new = _agreement(agreement, own.double() / alpha, seen.double() / alpha, m)
 
         # what is kept: all of it, or, where numbers are not finite, nothing

@@ -243,7 +243,8 @@ class Method:
 
         own = seen = excess = h.value * math.nan
         if fresh and h.fy is not None and response not in (None, "frozen"):  # or y stays behind
-            own, seen = slopes(oracle, (x, y), (new_x - x, new_y - y), h, fresh[0])
+            _, fx, fy = oracle.outer_gradients(x, y, fresh[0])
+            own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
         here = there = torch.zeros_like(h.value) if h.lag is None else h.lag
         if others and h.elsewhere:
             excess, there = h.elsewhere(others[0])
@@ -382,15 +383,12 @@ def feasible(oracle: Oracle, x: Tensor, g: Tensor, d: Tensor, t: float) -> Tenso
 
 
 def slopes(
-    oracle: Oracle,
-    point: tuple[Tensor, Tensor],
-    step: tuple[Tensor, Tensor],
-    h: Estimate,
-    fresh: Draw,
+    h: Estimate, fresh: tuple[Tensor, Tensor], step: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """<f_x, dx> + <f_y, dy> at the point, of the draw that h was computed on and of a fresh one."""
+    """<f_x, dx> + <f_y, dy> of the draw that h was computed on, and of a fresh one with these f_x
+    and f_y."""
     assert h.fy is not None
-    (dx, dy), (_, fx, fy) = step, oracle.outer_gradients(*point, fresh)
+    (fx, fy), (dx, dy) = fresh, step
     own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
     return own, torch.dot(fx, dx) + torch.dot(fy, dy)
 

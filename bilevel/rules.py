@@ -103,11 +103,14 @@ class Armijo:
     def searches(self, k: int, last: float | None) -> bool:
         return True
 
-    def share(self, kappa: float, last: float | None) -> float:
+    def brackets(self, last: float | None) -> bool:
+        return last is None and self.reset != "fixed"
+
+    def share(self, kappa: float, brackets: bool = False) -> float:
         """c, as a number."""
         if self.c != "auto":
             return self.c
-        if last is None and self.reset != "fixed":
+        if brackets:
             return LEAST_C
         return min(max(1 - kappa, LEAST_C), MOST_C)
 
@@ -129,7 +132,7 @@ class Armijo:
             value,
             slope,
             predicted=predicted,
-            c=self.share(line.kappa, last),
+            c=self.share(line.kappa, self.brackets(last)),
             slack=rounding + self.slack * abs(value),
         )
         start, grow, wasted = last or 0.0, None, 0

@@ -192,7 +192,7 @@ def move(
     kappa is known."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        return search(rule, value, slope, phi, last, rule.share(0.0, 0.0) if c is None else c)
+        return search(rule, value, slope, phi, last, rule.share(0.0) if c is None else c)
     if isinstance(rule, Fixed):
         return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
     assert isinstance(rule, Polyak)

@@ -68,12 +68,14 @@ def test_batches_bring_kappa_near_what_is_wanted(level: float, batches: int) -> 
 
 def test_what_a_search_asks_for() -> None:
     auto = Armijo(c="auto")
-    shares = [auto.share(kappa, 1.0) for kappa in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0, -2.0, 1.4)]
+    shares = [auto.share(kappa) for kappa in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0, -2.0, 1.4)]
     expected = [MOST_C, MOST_C, 0.5, 0.3, LEAST_C, LEAST_C, MOST_C, LEAST_C]
     assert shares == pytest.approx(expected)
-    assert auto.share(0.0, None) == LEAST_C  # a search that brackets
-    assert Armijo(c="auto", reset="fixed").share(0.0, None) == MOST_C
-    assert Armijo(c=0.1).share(0.5, 1.0) == Armijo(c=0.1).share(0.5, None) == 0.1
+    assert auto.share(0.0, auto.brackets(None)) == LEAST_C
+    assert auto.share(0.0, auto.brackets(1.0)) == MOST_C
+    anew = Armijo(c="auto", reset="fixed")
+    assert anew.share(0.0, anew.brackets(None)) == MOST_C
+    assert Armijo(c=0.1).share(0.5) == Armijo(c=0.1).share(0.5, brackets=True) == 0.1
 
 
 def test_the_slopes_are_those_of_the_step_on_both_batches() -> None:
@@ -255,7 +257,7 @@ def test_the_graph_computes_the_same() -> None:
             for m, terms in ((1, 0), (4, 3), (8, 40)):
                 plain = Agreement(m, signal, noise, terms)
                 given = [torch.tensor(float(v)).double() for v in plain[1:]]
-                share = Armijo(c="auto").share(plain.kappa(m), 1.0)
+                share = Armijo(c="auto").share(plain.kappa(m))
                 assert float(_share(given, m, False)) == pytest.approx(share)
                 assert float(_share(given, m, True)) == LEAST_C
                 slopes = torch.tensor(own).double(), torch.tensor(fresh).double()

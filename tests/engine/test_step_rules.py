@@ -263,7 +263,7 @@ def test_a_search_is_the_same_in_a_graph(rule, last):
         for kappa in (0.0, 0.5, 1.0):
             line = Line(t(1.0), t(-1.0), lambda s, phi=phi: phi(t(s))[0], kappa=kappa)
             plain = rule(line, 3, last)
-            c = t(rule.share(kappa, 1.0))
+            c = t(rule.share(kappa))
             carried = t(math.nan if last is None else last)
             size, after, trials, failed, _ = search(rule, line.value, line.slope, phi, carried, c)
             expected = math.nan if plain.last is None else plain.last

@@ -42,7 +42,8 @@ class Chunks:
     """Iterations in the graph where they can be, and as the method takes them where not.
 
     The first iteration of a run is plain, after which the state has all its parts; so are those
-    whose batches have other shapes than the first, and those in which a Polyak rule measures.
+    in which x may wait for y, those whose batches have other shapes than the first, and those in
+    which a Polyak rule measures.
 
     Args:
         problem: the plain one.
@@ -106,7 +107,7 @@ class Chunks:
 
     def _count(self, state: State, limit: int) -> int:
         """How many iterations from here on can be in the graph."""
-        if not self.usable or state.k == 0 or state.q is None:
+        if not self.usable or state.k == 0 or state.q is None or self.method.may_wait(state):
             return 0
         rules = (
             (self.method.outer_rule, state.outer_last),

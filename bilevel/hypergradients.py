@@ -212,7 +212,8 @@ class Implicit:
                 moved, stayed = oracle.values("inner", xt, (yt, y), draw)
                 stayed = stayed + t * drift
                 rounding = ROUNDING * torch.finfo(y.dtype).eps * stayed.abs()
-                return yt, moved <= stayed + rounding
+                # where g overflows it does so from either y, and says nothing
+                return yt, (moved <= stayed + rounding) & moved.isfinite()
 
             return Course(fixed + torch.dot(fy, w), apart, follow)
 

@@ -19,7 +19,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
-from bilevel.linear import CONCAVE, Learned
+from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise, averaged
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
@@ -44,6 +44,7 @@ SOLVERS = (
 # outer, inner, for the Hessian, more outer ones: what a step takes
 Batches = tuple[Any, list[Any], "list[Any] | None", "list[Any] | None"]
 ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
+PATIENCE = 10  # iterations that x waits at most for a y that comes from far
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ class Method:
         for; ``more`` as :meth:`step` takes them."""
         asked = self.outer_batches == "auto" and more is not None
         return outer_batch is None or (asked and not more)
+
+    def may_wait(self, state: State) -> bool:
+        """Whether x, which has not moved yet, may stay for another iteration."""
+        searches = self.outer_rule.searches(state.k, None)
+        return self.corrects and searches and state.outer_last is None and state.k < PATIENCE
 
     def step(
         self,
@@ -278,10 +284,12 @@ class Method:
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (n.value, n.inner_value, n.norm))) or not n.finite
         still = self.is_still(draws[0].batch is not None, bool(others))
-        behind = is_behind(n.here, n.there, n.alpha * abs(n.slope))
+        # on y's way from the user's start h is of another place than y*(x), and x waits where the
+        # first step gains less than what y still has to go
+        waits = self.may_wait(state) and is_behind(n.here, n.there, move.gain)
+        behind = waits or is_behind(n.here, n.there, n.alpha * abs(n.slope))
         if self.corrects and behind and not (numeric or move.failed):
-            if state.k == 0 and still and h.learned[-1].concave <= CONCAVE:
-                # y comes from the user's start: h is of another place than y*(x), and x waits
+            if waits:
                 new_x, new_y, move = x, y, Move(0.0, None, move.trials)
                 n = n._replace(alpha=0.0)
             new_y, learned = corrected(oracle, new_x, new_y, h, draws[0])

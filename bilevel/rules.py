@@ -39,12 +39,14 @@ class Line:
 
 
 class Move(NamedTuple):
-    """How far to go. ``last`` is to be passed to the next call of the rule."""
+    """How far to go. ``last`` is to be passed to the next call of the rule; ``gain``, phi(0) less
+    phi(size), is NaN where phi was not evaluated there."""
 
     size: float | Tensor
     last: float | None
     trials: int = 0
     failed: bool = False
+    gain: float = math.nan
 
 
 class Rule(Protocol):
@@ -150,14 +152,15 @@ class Armijo:
                 if decrease > 0:  # as far as it can be seen
                     far = search(start=start * min(8 * rounding / decrease, NEAR), max_trials=1)
                     if far.accepted:
-                        return Move(far.step, far.step, 1)
+                        return Move(far.step, far.step, 1, gain=value - far.value)
                     wasted = 1
                 start = last
         found = search(start=start, grow=grow, max_trials=self.max_trials)
         trials = found.trials + wasted
         if not found.accepted:
             return Move(0.0, last, trials, failed=True)
-        return Move(found.step, max(found.step, self.retain * (last or 0.0)), trials)
+        last = max(found.step, self.retain * (last or 0.0))
+        return Move(found.step, last, trials, gain=value - found.value)
 
 
 @dataclass(frozen=True)

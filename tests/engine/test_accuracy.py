@@ -1,6 +1,7 @@
 """How closely linear systems are solved where the method is to choose: as the slope asks for."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from benchmarks.problems import HARD
 from bilevel import ConjugateGradient, Implicit, chunks
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, LOOSE, MOST_HALVINGS, UNTAUGHT, Learned
+from bilevel.method import PATIENCE
 from bilevel.problem import Draw, Problem, make_oracle
+from bilevel.rules import Armijo, Fixed, Line
 from tests.tables import relative, t
 
 RNG = np.random.default_rng(0)
@@ -200,19 +203,43 @@ def test_x_waits_for_a_y_that_is_far_behind(compile):
     assert not torch.equal(twice.x, once.x) and twice.history[1].outer_step > 0
 
 
-def test_x_does_not_wait():
-    """Where y is not far, where batches differ, where g is concave, and in a second iteration."""
-    assert solve(1).history[0].outer_step > 0
+def concave(x, y):
+    return weakly(x, y) - (y[0] - y[1]) ** 2 + 1e-3 * (y @ y) ** 2
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_x_waits_where_batches_differ(compile):
     zero = t([0.0])
-    noisy = far(inner_data=[zero, zero.clone()], steps=1)
-    assert noisy.history[0].outer_step > 0
+    result = far(inner_data=[zero, zero + 1e-9], steps=6, inner_steps=1, compile=compile)
+    steps = [record.outer_step for record in result.history]
+    assert steps[:2] == [0.0, 0.0] and all(steps[2:])
 
-    def concave(x, y):
-        return weakly(x, y) - (y[0] - y[1]) ** 2
 
-    bent = far(inner=concave, steps=1)
-    assert bent.state.learned.concave > CONCAVE and bent.history[0].outer_step > 0
-    assert [r.outer_step > 0 for r in far(steps=3, inner_steps=1).history] == [False, True, True]
+def test_x_does_not_wait():
+    """Where y is not far, where each iteration has its own y, and once x has moved."""
+    assert solve(1).history[0].outer_step > 0
+    assert far(steps=1, warm_start=False).history[0].outer_step > 0
+    method = bilevel.bisls("adam")
+    problem = bilevel.Problem(near, weakly)
+    state = method.init(t(np.zeros(3)), t(10 * (V[:, 0] + V[:, -1])))
+    for moved in (replace(state, outer_last=1.0), replace(state, k=PATIENCE)):
+        assert method.step(problem, moved, None, 1)[1].outer_step > 0
+
+
+def test_x_waits_where_g_is_concave():
+    result = far(inner=concave, steps=20, inner_steps=1)
+    steps = [record.outer_step > 0 for record in result.history]
+    waited = steps.index(True)
+    assert result.state.learned.concave > CONCAVE
+    assert 1 < waited <= PATIENCE and all(steps[waited:])
+
+
+def test_what_a_step_gains():
+    """f(x, y) - f(x + t d, y(t)), of the trial that was accepted."""
+    line = Line(t(3.0), t(-2.0), lambda s: 3 - 2 * t(s) + t(s) ** 2)
+    move = Armijo(initial=0.5, reset="fixed")(line, 0, None)
+    assert move.size == 0.5 and move.gain == 0.75
+    assert math.isnan(Fixed(0.1)(line, 0, None).gain)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -357,6 +357,15 @@ def test_tangent_is_refused_where_the_inner_loss_gets_worse():
     assert set(found) == {True, False}
 
 
+def test_tangent_is_refused_where_the_inner_loss_overflows():
+    """From any y: infinite is not better than infinite."""
+    x, y = t([0.0]), t([0.0])
+    problem = Problem(lambda x, y: -y.sum(), lambda x, y: (x.exp() * (y - 1) ** 2 + y**2).sum())
+    oracle = Oracle(problem, Layout(x, "x"), Layout(y, "y"))
+    follow = EXACT.estimate(oracle, x, y, Draw(), [Draw()], [], None).respond(-x + 1).follow
+    assert bool(follow(1e-3, x + 1e-3)[1]) and not bool(follow(800.0, x + 800.0)[1])
+
+
 @pytest.mark.parametrize("times", [1, 60])
 def test_rounding_refuses_no_tangent(times):
     """A loss of 1 made of numbers that are so many times larger: too short a step to judge is

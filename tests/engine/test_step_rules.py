@@ -360,7 +360,7 @@ def test_slack():
 def test_rounding_is_forgiven_and_does_not_grow_the_step():
     """At a solution the decrease drowns in rounding: accept, but never a longer step."""
     line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 + 1e-16))
-    assert Armijo(reset="last")(line, 3, 0.5) == (0.5, 0.5, 1, False)
+    assert Armijo(reset="last")(line, 3, 0.5) == (0.5, 0.5, 1, False, 0.0)
     line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 + 1e-14))
     assert Armijo()(line, 3, 0.5).failed
 
@@ -382,7 +382,7 @@ def test_at_the_solution_no_trial_is_as_far_as_rounding_would_let_it():
     """Refused where it could be seen; the step stays what it was."""
     g2 = 1e-18
     line = Line(t(1.0), t(-g2), lambda s: t(1.0 - g2 * s + g2 * s**2 / 6))
-    assert Armijo()(line, 3, 0.5) == (0.5, 0.5, 2, False)
+    assert Armijo()(line, 3, 0.5) == (0.5, 0.5, 2, False, 0.0)
 
 
 # -- directions -----------------------------------------------------------------------------------

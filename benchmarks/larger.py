@@ -23,6 +23,7 @@ from benchmarks.problems import (
     images_of,
     representation,
 )
+from benchmarks.unseen import UNSEEN
 from tasks.data import Dataset, load
 from tasks.few_shot import FewShot
 from tasks.models import convnet, descend, seeded
@@ -83,4 +84,4 @@ LARGER: dict[str, Callable[[int], Case]] = {
     "data cleaning, MNIST, 90 % wrong": lambda seed: cleaning(seed, corrupted=0.9, name="mnist"),
     "few-shot features, Omniglot": few_shot,
 }
-EVERY = {**CASES, **NETWORKS, **HARD, **LARGER}
+EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN}

@@ -20,12 +20,12 @@ from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, ConjugateGradient, Learned, StochasticNeumann
 from bilevel.method import Batches, Method, State, _failure
 from bilevel.noise import MOST, Agreement, Noise, averaged, settles
-from bilevel.problem import Cost, Oracle, Problem, is_small
+from bilevel.problem import Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
 
-SLOTS = 64  # iterations in one call at most
+SLOTS = 256  # iterations in one call at most
 # where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
 # their last reader: with two Hessian batches results were wrong from the second iteration on
 OPTIONS = {
@@ -33,6 +33,7 @@ OPTIONS = {
     "cpp_wrapper_build_separate": True,  # a third less compiling; newer than torch 2.4
     "allow_buffer_reuse": False,
     "inplace_buffers": False,
+    "force_pointwise_cat": True,  # a view less for each number of a row; a tenth less time
 }
 ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
@@ -254,7 +255,7 @@ class Chunks:
         self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float, joined: _Joined
     ) -> tuple[State, list[Record]]:
         """The outcome of the graph as a state and records, as the plain path makes them."""
-        from bilevel.graph import COLUMNS, SCALARS
+        from bilevel.graph import SCALARS, Row
 
         _, _, rows, scalars, x, y, q, *rest = outcome
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.tolist()
@@ -264,37 +265,37 @@ class Chunks:
         if moments.m is not None:
             moments = Moments(rest[0], rest[1], int(n))
         average = state.average and Average(rest[-2], rest[-1], int(terms), gain)
-        cost = state.cost
+        cost = replace(state.cost)
         spent = time.perf_counter() - began
         records = []
         for j, values in enumerate(rows[:taken].tolist()):
-            row = dict(zip(COLUMNS, values, strict=True))
-            cost = Cost(
-                cost.gradients + int(row["gradients"]),
-                cost.hessian_products + int(row["hessian_products"]),
-                cost.loss_evaluations + int(row["loss_evaluations"]),
-            )
-            move = Move(row["outer_step"], None, int(row["outer_trials"]), bool(row["failed"]))
-            value, inner_value, norm = row["value"], row["inner_value"], row["norm"]
+            row = Row(*values)
+            cost.gradients += int(row.gradients)
+            cost.hessian_products += int(row.hessian_products)
+            cost.loss_evaluations += int(row.loss_evaluations)
+            failure, trials = None, int(row.outer_trials)
+            if row.failed or not row.finite:
+                move = Move(row.outer_step, None, trials, bool(row.failed))
+                failure = _failure(row.value, row.inner_value, row.norm, bool(row.finite), move)
             records.append(
                 Record(
                     k=state.k + j,
-                    outer_loss=value,
-                    inner_loss=inner_value,
-                    hypergrad_norm=norm,
-                    outer_step=row["outer_step"],
-                    inner_step=row["inner_step"],
-                    outer_trials=move.trials,
-                    inner_trials=int(row["inner_trials"]),
-                    inner_failures=int(row["inner_failures"]),
-                    residual=row["residual"],
+                    outer_loss=row.value,
+                    inner_loss=row.inner_value,
+                    hypergrad_norm=row.norm,
+                    outer_step=row.outer_step,
+                    inner_step=row.inner_step,
+                    outer_trials=trials,
+                    inner_trials=int(row.inner_trials),
+                    inner_failures=int(row.inner_failures),
+                    residual=row.residual,
                     hessian_batches=joined.many[1],
                     outer_batches=joined.many[0],
                     gradients=cost.gradients,
                     hessian_products=cost.hessian_products,
                     loss_evaluations=cost.loss_evaluations,
                     seconds=state.seconds + spent * (j + 1) / taken,
-                    failure=_failure(value, inner_value, norm, row["finite"], move),
+                    failure=failure,
                 )
             )
         new = State(
@@ -366,33 +367,40 @@ def _parts(batches: Batches, joined: _Joined) -> tuple[Any, list[list[Sequence[T
     and the tensors: of each level, of each of its batches. None where there is something else.
     Any number of batches that are joined are of one form."""
     outer, inner, hessian, more = batches
-    if all(batch is inner[0] for batch in inner):
+    if len(inner) > 1 and all(batch is inner[0] for batch in inner):
         inner = inner[:1]
+    levels = [outer, *(more or [])], inner, hessian or [None]
     form, found = [], []
-    levels = ([outer, *(more or [])], joined.loop[0]), (inner, False), (hessian, joined.loop[1])
-    for level, loop in levels:
-        pieces = [_tensors(batch) for batch in level or [None]]
-        forms = [kind and (kind, [(t.shape, t.dtype, t.device) for t in ts]) for kind, ts in pieces]
-        if forms[0] is None or any(f != forms[0] for f in forms):
-            return None, []
-        form.append((0 if loop else len(pieces), forms[0]))
-        found.append([ts for _, ts in pieces] if pieces[0][1] else [])
+    for level, loop in zip(levels, (joined.loop[0], False, joined.loop[1]), strict=True):
+        first, tensors = None, []
+        for batch in level:  # plain statements: this is done in every iteration
+            kind, ts = _tensors(batch)
+            for t in ts:
+                kind += (t.shape, t.dtype, t.device)
+            if not kind or kind != (first or kind):
+                return None, []
+            first = kind
+            if ts:
+                tensors.append(ts)
+        form.append((0 if loop else len(level), first))
+        found.append(tensors)
     return form, found
 
 
-def _tensors(batch: Any) -> tuple[Any, Sequence[Tensor]]:
-    """(its structure, its tensors) of a batch; (None, ...) where it holds anything else."""
+def _tensors(batch: Any) -> tuple[tuple[Any, ...], Sequence[Tensor]]:
+    """(its structure, its tensors) of a batch; ((), ...) where it holds anything else."""
     if batch is None:
-        return "nothing", ()
+        return (None,), ()
     if type(batch) is tuple or type(batch) is list:  # the usual ones, at once
-        kind: Any = len(batch)
-        tensors: Sequence[Any] = batch
-        if all(isinstance(t, Tensor) for t in tensors):
-            return (type(batch), kind), tensors
+        for t in batch:
+            if not isinstance(t, Tensor):
+                break
+        else:
+            return (type(batch), len(batch)), batch
     pairs = list(leaves(batch, ""))
     tensors = [leaf for _, leaf in pairs]
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):
-        return None, ()
+        return (), ()
     return (type(batch), tuple(path for path, _ in pairs)), tensors
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +32,26 @@ SCALARS = (
     *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
     *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
 )
-# what is reported of each, as one row of float64
-COLUMNS = (
-    *("value", "inner_value", "norm", "outer_step", "inner_step", "residual", "finite"),
-    *("outer_trials", "inner_trials", "inner_failures", "failed"),
-    *("gradients", "hessian_products", "loss_evaluations", "concave"),
-)
+
+
+class Row(NamedTuple):
+    """What is reported of each iteration: tensors, or one row of float64 as numbers."""
+
+    value: Any
+    inner_value: Any
+    norm: Any
+    outer_step: Any
+    inner_step: Any
+    residual: Any
+    finite: Any  # whether all of these and the point are
+    outer_trials: Any
+    inner_trials: Any
+    inner_failures: Any
+    failed: Any
+    gradients: Any
+    hessian_products: Any
+    loss_evaluations: Any
+    concave: Any
 
 
 @dataclass(frozen=True)
@@ -88,18 +102,17 @@ class Iterations:
             i: Tensor, go: Tensor, rows: Tensor, scalars: Tensor, *vectors: Tensor
         ) -> tuple[Tensor, ...]:
             row, new_scalars, new_vectors = self._once(i, joined, start, stacks, scalars, vectors)
-            cells = dict(zip(COLUMNS, row, strict=True))
             failures = new_scalars[SCALARS.index("failures")]
-            failed, numbers = cells["failed"] > 0, cells["finite"] > 0
-            go = numbers & (failures < most_failures) & (failed | (cells["norm"] > tol))
-            rows = rows.index_copy(0, i[None], torch.stack(row)[None])
+            go = row.finite & (failures < most_failures) & (row.failed | (row.norm > tol))
+            cells = torch.stack([cell.double() for cell in row])
+            rows = rows.index_copy(0, i[None], cells[None])
             # where g is concave, the systems are solved otherwise than here: not taken
-            fits = cells["concave"] <= CONCAVE
+            fits = row.concave <= CONCAVE
             state = zip((new_scalars, *new_vectors), (scalars, *vectors), strict=True)
             kept = (torch.where(fits, new, old) for new, old in state)
             return i + fits, go & fits, rows, *kept
 
-        rows = torch.zeros(self.slots, len(COLUMNS), dtype=torch.float64)
+        rows = torch.zeros(self.slots, len(Row._fields), dtype=torch.float64)
         state = (torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), rows)
         return while_loop(going, once, (*state, scalars.clone(), *(t.clone() for t in vectors)))
 
@@ -118,7 +131,7 @@ class Iterations:
         stacks: list[list[Tensor]],
         scalars: Tensor,
         vectors: Sequence[Tensor],
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    ) -> tuple[Row, Tensor, list[Tensor]]:
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
         noise, noises, *agreement, concave, halvings = known
@@ -269,24 +282,24 @@ class Iterations:
                 torch.where(finite & still, learned.judge(apart).halvings, halvings),
             ]
         )
-        row = {
-            "value": h.value,
-            "inner_value": inner_value,
-            "norm": norm,
-            "outer_step": alpha,
-            "inner_step": beta,
-            "residual": h.residual,
-            "finite": finite,
-            "outer_trials": outer_trials,
-            "inner_trials": inner_trials,
-            "inner_failures": inner_failures,
-            "failed": failed,
-            "gradients": nothing + self.steps + m + many + told + self.watches[1],
-            "hessian_products": many * sum(solver.counts, nothing) + int(self.watches[1]),
-            "loss_evaluations": inner_trials + evaluations + m * int(self.averaged),
-            "concave": solver.concave[-1],
-        }
-        return [row[name].double() for name in COLUMNS], new_scalars, new_vectors
+        row = Row(
+            value=h.value,
+            inner_value=inner_value,
+            norm=norm,
+            outer_step=alpha,
+            inner_step=beta,
+            residual=h.residual,
+            finite=finite,
+            outer_trials=outer_trials,
+            inner_trials=inner_trials,
+            inner_failures=inner_failures,
+            failed=failed,
+            gradients=nothing + self.steps + m + many + told + self.watches[1],
+            hessian_products=many * sum(solver.counts, nothing) + int(self.watches[1]),
+            loss_evaluations=inner_trials + evaluations + m * int(self.averaged),
+            concave=solver.concave[-1],
+        )
+        return row, new_scalars, new_vectors
 
 
 def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,9 @@ def solve(
                     state, record = method.step(problem, state, *batches)
                     records = [record]
                 else:
-                    limit = min(steps - state.k, checkpoint_every - state.k % checkpoint_every)
+                    limit = steps - state.k
+                    if checkpoint is not None:
+                        limit = min(limit, checkpoint_every - state.k % checkpoint_every)
                     state, records = chunks(state, batches, limit)
             except Exception as error:
                 if not history or (ranks.size > 1 and not is_agreed(error)):

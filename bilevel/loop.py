@@ -65,7 +65,8 @@ def solve(
         data: instead of the two, an iterable of (outer_batch, inner_batch) pairs, one per outer
             iteration, for episodic problems.
         steps: outer iterations, >= 0. inner_steps: inner steps in each, >= 1.
-        warm_start: False: y starts afresh from the given y in every outer iteration.
+        warm_start: False: y starts afresh from the given y in every outer iteration, and what the
+            inner steps leave is not corrected.
         project: to the feasible set of x, applied to every trial (a Module: dict of parameters).
         tol: stop when the norm of the hypergradient is at most this.
         callback: called with (state, record) after every iteration; True stops.

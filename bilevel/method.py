@@ -93,7 +93,8 @@ class Method:
     Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial is
     judged: see :class:`bilevel.trials.Trials`; ``averages``, whether the average of the iterates
     may be the answer where there are batches: see :class:`bilevel.average.Average`; ``corrects``,
-    whether a y that lags behind y*(x) is brought nearer by a Newton step: see :func:`corrected`;
+    whether a y that lags behind y*(x) is brought nearer by a Newton step, and x waits for one that
+    comes from far: see :func:`corrected` and :meth:`may_wait`;
     ``outer_batches``, of how many the outer loss is the mean; 'auto': as many as
     :class:`bilevel.noise.Agreement` says.
     """
@@ -162,7 +163,7 @@ class Method:
         return outer_batch is None or (asked and not more)
 
     def may_wait(self, state: State) -> bool:
-        """Whether x, which has not moved yet, may stay for another iteration."""
+        """Whether x has not moved yet, and may stay for another iteration."""
         searches = self.outer_rule.searches(state.k, None)
         return self.corrects and searches and state.outer_last is None and state.k < PATIENCE
 

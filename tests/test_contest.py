@@ -8,7 +8,8 @@ import torch
 import bilevel
 from benchmarks import contest, race
 from benchmarks.contest import Cell
-from benchmarks.problems import CASES, INNER, STEPS, distillation, outcome
+from benchmarks.problems import CASES, INNER, STEPS, distillation, outcome, solved
+from benchmarks.unseen import UNSEEN
 
 CASE = "ridge, condition 1e2"
 
@@ -71,3 +72,25 @@ def test_default_stays_on_its_way_with_batches_of_four():
     """Each can be fitted: with steps for one of them F ended at 1.9, near guessing."""
     found = outcome(distillation(1, 4), "bisls-adam", STEPS, INNER, seed=1)
     assert found["objective"] < 0.4
+
+
+@pytest.mark.parametrize("name", ["elastic net", "tolls"])
+def test_true_objectives_have_the_hypergradients_of_their_losses(name):
+    """On the problems without noise, in float64: by differences of the solved problem."""
+    case = UNSEEN[name](0)
+    g = torch.Generator().manual_seed(1)
+    x = case.x + 0.3 * torch.randn(case.x.shape, generator=g, dtype=torch.float64)
+    d = torch.randn(x.shape, generator=g, dtype=torch.float64)
+    y = solved(lambda y: case.inner(x, y), case.y)
+    exact = bilevel.Implicit(bilevel.ConjugateGradient(200, 1e-10))
+    h = bilevel.hypergradient(case.outer, case.inner, x, y, method=exact)
+    up, down = (case.value(x + t * d, y) for t in (1e-3, -1e-3))
+    assert float(h.grad @ d) == pytest.approx((up - down) / 2e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_problems_that_no_default_was_chosen_on(name):
+    case = UNSEEN[name](0)
+    result = case.solve("bisls-adam", steps=12, inner_steps=5, seed=0)
+    assert result.state.k == 12 and not any(r.failure for r in result.history)
+    assert case.value(result.x, result.y) < case.value(case.x, case.y)

@@ -244,6 +244,26 @@ def test_x_waits_where_g_is_concave():
     assert 1 < waited <= PATIENCE and all(steps[waited:])
 
 
+def test_x_waits_where_y_lags_by_more_than_the_step_gains():
+    """<q, g_y> in closed form, and the f of the accepted trial, where another method goes to it;
+    the change to first order would not do."""
+    exact = Implicit(ConjugateGradient(60, 1e-12))
+    method, problem = bilevel.bisls("sgd", hypergradient=exact), Problem(near, weakly)
+    found = set()
+    for scale in np.linspace(0.5, 3, 20):
+        start = method.init(t(np.zeros(3)), t(scale * V[:, 0]))
+        x, before = start.vectors
+        moved, record = replace(method, corrects=False).step(problem, start, None, 1)
+        gain = record.outer_loss - float(near(*moved.vectors))
+        y = before - record.inner_step * (TH @ before)
+        q = torch.linalg.solve(TH, y)
+        lag, slope = float(q @ (TH @ y + 1e-6 * x @ TC)), float((x - TARGET - 1e-6 * TC @ q).norm())
+        waits = method.step(problem, start, None, 1)[1].outer_step == 0
+        assert waits == (lag > gain)
+        found.add((waits, lag > record.outer_step * slope**2))
+    assert found == {(False, False), (True, False), (True, True)}
+
+
 def test_what_a_step_gains():
     """f(x, y) - f(x + t d, y(t)), of the trial that was accepted."""
     line = Line(t(3.0), t(-2.0), lambda s: 3 - 2 * t(s) + t(s) ** 2)

@@ -125,10 +125,7 @@ def ridge(seed: int, condition: float = 100.0) -> Case:
     scale = torch.logspace(
         0, -0.5 * float(torch.log10(torch.tensor(condition))), p, dtype=torch.float64
     )
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
+    draw = partial(torch.randn, generator=g, dtype=torch.float64)
     w, A, A2 = draw(p), draw(n, p) * scale, draw(n, p) * scale
     b, b2 = A @ w + 0.5 * draw(n), A2 @ w + 0.5 * draw(n)
 
@@ -149,9 +146,7 @@ def quadratic(seed: int, condition: float = 10.0, size: int = 64) -> Case:
     """Random coupled quadratics with minibatch noise in the linear terms of both levels."""
     g = torch.Generator().manual_seed(seed)
     n, d = 256, 30
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    draw = partial(torch.randn, generator=g, dtype=torch.float64)
 
     def spectrum(low: float) -> Tensor:
         Q = torch.linalg.qr(draw(d, d)).Q
@@ -296,10 +291,7 @@ def kernel_ridge(seed: int) -> Case:
     """Length scales and noise of a kernel regression in dual form, which is ill-conditioned; no
     batches, no noise in the derivatives."""
     g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
+    draw = partial(torch.randn, generator=g, dtype=torch.float64)
     A, B = draw(80, 4), draw(60, 4)
     a, b = (torch.sin(2 * Z[:, 0]) + 0.5 * Z[:, 1] ** 2 + 0.2 * draw(len(Z)) for Z in (A, B))
 

@@ -4,6 +4,7 @@ worth where nobody has looked; what was learned from them since, docs/method.md 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def factorization(seed: int) -> Case:
     drawn = torch.rand(60, 50, generator=g)
     known, held = (drawn < 0.25).float(), ((drawn > 0.25) & (drawn < 0.4)).float()
     start = {
-        key: 0.3 * torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
-        for key, n, seed in (("rows", 60, 7), ("columns", 50, 8))
+        key: 0.3 * torch.randn(n, 5, generator=torch.Generator().manual_seed(same))
+        for key, n, same in (("rows", 60, 7), ("columns", 50, 8))  # for all seeds
     }
     x = {"rows": torch.full((60,), -3.0), "columns": torch.full((50,), -3.0)}
 
@@ -76,10 +77,7 @@ def factorization(seed: int) -> Case:
 def elastic_net(seed: int) -> Case:
     """Two penalties, one with a kink but for rounding it off; more features than examples."""
     g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
+    draw = partial(torch.randn, generator=g, dtype=torch.float64)
     w = draw(100) * (torch.rand(100, generator=g, dtype=torch.float64) < 0.1)
     A, B = draw(50, 100), draw(50, 100)
     a, b = A @ w + 0.5 * draw(50), B @ w + 0.5 * draw(50)
@@ -171,10 +169,7 @@ def decays(seed: int) -> Case:
 def tolls(seed: int) -> Case:
     """Tolls on half of 15 roads, for most revenue from drivers who choose among 40 routes."""
     g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=g, dtype=torch.float64)
-
+    draw = partial(torch.rand, generator=g, dtype=torch.float64)
     routes, demand = (draw(40, 15) < 0.25).double(), 10.0
     free, capacity = 1 + draw(15), 3 + 5 * draw(15)
     own = (draw(15) < 0.5).double()

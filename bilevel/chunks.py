@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.average import Average
+from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
@@ -96,12 +97,12 @@ class Chunks:
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
-            form, tensors = _parts(batches, joined)
-            ready = self._prepared.get(joined.kind)
+            drawn = _Drawn(joined.loop, self.source.different())
+            fits, ready = drawn.add(batches), self._prepared.get(joined.kind)
             if ready is None:
-                ready = self._prepare(state, batches, form, tensors, joined)
-            if ready is not None and form == ready.form:
-                if found := self._several(ready, state, joined, tensors, min(count, ready.slots)):
+                ready = self._prepare(state, batches, drawn if fits else None, joined)
+            if fits and ready is not None and drawn.form == ready.form:
+                if found := self._several(ready, state, joined, drawn, min(count, ready.slots)):
                     return found
         state, record = self.method.step(self.problem, state, *batches)
         return state, [record]
@@ -141,10 +142,10 @@ class Chunks:
         )
 
     def _prepare(
-        self, state: State, batches: Batches, form: Any, tensors: Any, joined: _Joined
+        self, state: State, batches: Batches, drawn: _Drawn | None, joined: _Joined
     ) -> _Prepared | None:
         """The function and the room for the batches; or a refusal."""
-        if form is None:
+        if drawn is None:
             self._refuse("its batches are not (nests of) tensors of the same shapes")
             return None
         randomness = Randomness(self.start.device)
@@ -159,25 +160,35 @@ class Chunks:
         from bilevel.compiled import compiled  # torch.compile is slow to import
         from bilevel.graph import Iterations
 
-        rows = [len(level) for level in tensors]
+        rows = list(drawn.counts)
         for level, j in ((0, 0), (2, 1)):
             if joined.loop[j]:
                 rows[level] = joined.many[j]
                 if joined.watched[j]:  # the number may change
                     rows[level] = MOST + 1
-        heads = [level[0] if level else () for level in tensors]
-        room = sum(n * t.nbytes for n, head in zip(rows, heads, strict=True) for t in head)
-        slots = max(1, min(self.most, ROOM // max(1, room)))
+        heads = [level[0] for level in drawn.tensors]
+
+        def stored(slots: int) -> list[int]:
+            return [min(slots * n, d) for n, d in zip(rows, drawn.different, strict=True)]
+
+        def room(slots: int) -> int:
+            sizes = (sum(t.nbytes for t in head) for head in heads)
+            return sum(n * size for n, size in zip(stored(slots), sizes, strict=True))
+
+        slots = self.most
+        if room(slots) > ROOM:
+            slots = max(1, min(slots, ROOM // room(1)))
         stacks = [
-            [t.new_empty(slots * n, *t.shape) for t in head]
-            for n, head in zip(rows, heads, strict=True)
+            [t.new_empty(n, *t.shape) for t in head]
+            for n, head in zip(stored(slots), heads, strict=True)
         ]
+        places = torch.zeros(len(rows), slots * max(rows), dtype=torch.int64)
         firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
         iterations = Iterations(
             self.method,
             Oracle(self.problem, *state.layouts),
             tuple(_skeleton(batch) for batch in firsts),
-            (len(tensors[1]), len(tensors[2])),
+            (drawn.counts[1] if heads[1] else 0, drawn.counts[2] if heads[2] else 0),
             slots,
             len(batches[1]),
             state.moments.m is not None,
@@ -191,26 +202,24 @@ class Chunks:
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
-        ready = _Prepared(graph, form, stacks, slots)
+        ready = _Prepared(graph, drawn.form, stacks, places, slots)
         self._prepared[joined.kind] = ready
         return ready
 
     def _several(
-        self, ready: _Prepared, state: State, joined: _Joined, first: Any, count: int
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Drawn, count: int
     ) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
         position = self.source.state_dict(), all_generators(self.start.device)
-        drawn, asked, wanted = [first], 1, self.method.wanted(state)
-        while len(drawn) < count:
+        asked, wanted = 1, self.method.wanted(state)
+        while asked < count:
             asked += 1
             try:
-                form, tensors = _parts(self.source.next(*wanted), joined)
+                if not drawn.add(self.source.next(*wanted)):
+                    break
             except Exception:  # to come again after those that have their batches
                 break
-            if form != ready.form or [*map(len, tensors)] != [*map(len, first)]:
-                break
-            drawn.append(tensors)
         outcome = self._run(ready, state, joined, drawn)
         if outcome and not outcome[0]:  # g is concave, of which the plain iteration will tell
             outcome = None
@@ -226,12 +235,14 @@ class Chunks:
         return self._unpack(state, outcome, taken, began, joined)
 
     def _run(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: Sequence[Any]
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Drawn
     ) -> tuple[Tensor, ...] | None:
         for level, stacks in enumerate(ready.stacks):
             for j, stack in enumerate(stacks):
-                rows = [batch[j] for iteration in drawn for batch in iteration[level]]
-                torch.stack(rows, out=stack[: len(rows)])
+                tensors = [batch[j] for batch in drawn.tensors[level]]
+                torch.stack(tensors, out=stack[: len(tensors)])
+            rows = drawn.rows[level]
+            ready.places[level, : len(rows)] = torch.tensor(rows)
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
@@ -241,11 +252,12 @@ class Chunks:
         )
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
-        counts = torch.tensor(len(drawn)), tuple(map(torch.tensor, joined.many))
+        counts = torch.tensor(drawn.iterations), tuple(map(torch.tensor, joined.many))
+        stored = ready.stacks, ready.places
         try:
             with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
-                return ready.graph(*counts, *self.ends, self.start, ready.stacks, scalars, given)
+                return ready.graph(*counts, *self.ends, self.start, *stored, scalars, given)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             self._refuse(f"they cannot be compiled ({type(error).__name__}: {first})")
@@ -265,39 +277,49 @@ class Chunks:
         if moments.m is not None:
             moments = Moments(rest[0], rest[1], int(n))
         average = state.average and Average(rest[-2], rest[-1], int(terms), gain)
-        cost = replace(state.cost)
-        spent = time.perf_counter() - began
-        records = []
-        for j, values in enumerate(rows[:taken].tolist()):
-            row = Row(*values)
-            cost.gradients += int(row.gradients)
-            cost.hessian_products += int(row.hessian_products)
-            cost.loss_evaluations += int(row.loss_evaluations)
-            failure, trials = None, int(row.outer_trials)
-            if row.failed or not row.finite:
-                move = Move(row.outer_step, None, trials, bool(row.failed))
-                failure = _failure(row.value, row.inner_value, row.norm, bool(row.finite), move)
-            records.append(
-                Record(
-                    k=state.k + j,
-                    outer_loss=row.value,
-                    inner_loss=row.inner_value,
-                    hypergrad_norm=row.norm,
-                    outer_step=row.outer_step,
-                    inner_step=row.inner_step,
-                    outer_trials=trials,
-                    inner_trials=int(row.inner_trials),
-                    inner_failures=int(row.inner_failures),
-                    residual=row.residual,
-                    hessian_batches=joined.many[1],
-                    outer_batches=joined.many[0],
-                    gradients=cost.gradients,
-                    hessian_products=cost.hessian_products,
-                    loss_evaluations=cost.loss_evaluations,
-                    seconds=state.seconds + spent * (j + 1) / taken,
-                    failure=failure,
-                )
+        cost, spent = replace(state.cost), time.perf_counter() - began
+        columns = Row(*rows[:taken].unbind(1))
+
+        def counts(name: str) -> list[int]:
+            """Of the whole run so far, after each iteration."""
+            sums = getattr(cost, name) + getattr(columns, name).cumsum(0).long()
+            setattr(cost, name, int(sums[-1]))
+            return sums.tolist()
+
+        row = Row(*(column.tolist() for column in columns))
+        outer_trials, inner_trials, inner_failures = (
+            column.long().tolist()
+            for column in (columns.outer_trials, columns.inner_trials, columns.inner_failures)
+        )
+        failure: list[str | None] = [None] * taken
+        for j, (failed, finite) in enumerate(zip(row.failed, row.finite, strict=True)):
+            if failed or not finite:
+                move = Move(row.outer_step[j], None, outer_trials[j], bool(failed))
+                numbers = row.value[j], row.inner_value[j], row.norm[j]
+                failure[j] = _failure(*numbers, bool(finite), move)
+        # by position, the fastest: in the order of the fields of Record
+        records = [
+            *map(
+                Record,
+                range(state.k, state.k + taken),
+                row.value,
+                row.inner_value,
+                row.norm,
+                row.outer_step,
+                row.inner_step,
+                outer_trials,
+                inner_trials,
+                inner_failures,
+                row.residual,
+                [joined.many[1]] * taken,
+                [joined.many[0]] * taken,
+                counts("gradients"),
+                counts("hessian_products"),
+                counts("loss_evaluations"),
+                [state.seconds + spent * (j + 1) / taken for j in range(taken)],
+                failure,
             )
+        ]
         new = State(
             state.layouts,
             (x, y),
@@ -333,11 +355,13 @@ class _Joined(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A graph, the form of the batches of one iteration of it, and the room for several."""
+    """A graph, the form of the batches of one iteration of it, and the room for several: different
+    ones, and which of them each iteration takes."""
 
     graph: Callable[..., Any]
     form: Any
     stacks: list[list[Tensor]]
+    places: Tensor
     slots: int
 
 
@@ -362,33 +386,78 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
     return "several ranks solve the problem" if Ranks(device).size > 1 else None
 
 
-def _parts(batches: Batches, joined: _Joined) -> tuple[Any, list[list[Sequence[Tensor]]]]:
-    """The form of one iteration's batches, which others must have as well to be stacked with it,
-    and the tensors: of each level, of each of its batches. None where there is something else.
-    Any number of batches that are joined are of one form."""
-    outer, inner, hessian, more = batches
-    if len(inner) > 1 and all(batch is inner[0] for batch in inner):
-        inner = inner[:1]
-    levels = [outer, *(more or [])], inner, hessian or [None]
-    form, found = [], []
-    for level, loop in zip(levels, (joined.loop[0], False, joined.loop[1]), strict=True):
-        first, tensors = None, []
-        for batch in level:  # plain statements: this is done in every iteration
-            kind, ts = _tensors(batch)
-            for t in ts:
-                kind += (t.shape, t.dtype, t.device)
-            if not kind or kind != (first or kind):
-                return None, []
-            first = kind
-            if ts:
-                tensors.append(ts)
-        form.append((0 if loop else len(level), first))
-        found.append(tensors)
-    return form, found
+class _Drawn:
+    """The batches of several iterations: of each level the outer, the inner, the Hessian ones.
+
+    Args:
+        loops: whether the outer and the Hessian batches are joined; any number is of one form.
+        different: how many of each level can be different ones. Of a list, where a batch that
+            comes again is the same as before, it is looked at and stored once.
+
+    Attributes:
+        counts: of batches in each iteration.   kinds: what all of them have in common.
+        tensors: of the different ones.   rows: which of these each iteration has, one after the
+            other.   iterations: how many.
+    """
+
+    def __init__(self, loops: tuple[bool, bool], different: Sequence[int]) -> None:
+        self.loops, self.different = (loops[0], False, loops[1]), different
+        self.counts: tuple[int, ...] = ()
+        self.kinds: list[Any] = [None, None, None]
+        self.tensors: list[list[Sequence[Tensor]]] = [[], [], []]
+        self.rows: list[list[int]] = [[], [], []]
+        self.iterations = 0
+        self._known: list[dict[int, int]] = [{}, {}, {}]  # of a list: the row of each id
+
+    @property
+    def form(self) -> list[Any]:
+        """What the batches of another iteration must have as well, to be in the same graph."""
+        counted = zip(self.loops, self.counts, self.kinds, strict=True)
+        return [(0 if loop else count, kind) for loop, count, kind in counted]
+
+    def add(self, batches: Batches) -> bool:
+        """Another iteration; whether it has what those before it have, and tensors only."""
+        outer, inner, hessian, more = batches
+        if len(inner) > 1 and all(batch is inner[0] for batch in inner):
+            inner = inner[:1]
+        levels = [outer, *more] if more else [outer], inner, hessian or [None]
+        counts = len(levels[0]), len(inner), len(levels[2])
+        if counts != (self.counts or counts):
+            return False
+        found: list[list[int]] = []
+        for j, level in enumerate(levels):
+            known = self._known[j]
+            found.append([])
+            for batch in level:  # plain statements: this is done in every iteration
+                row = known.get(id(batch))
+                if row is None:
+                    row = self._keep(j, batch)
+                if row is None:
+                    return False
+                found[j].append(row)
+        for rows, new in zip(self.rows, found, strict=True):
+            rows += new
+        self.counts = counts
+        self.iterations += 1
+        return True
+
+    def _keep(self, level: int, batch: Any) -> int | None:
+        """The row of one that is not known, or None where it does not fit."""
+        kind, tensors = _tensors(batch)
+        for t in tensors:
+            kind += (t.shape, t.dtype, t.device)
+        row = len(self.tensors[level])
+        if not kind or kind != (self.kinds[level] or kind) or row == self.different[level]:
+            return None
+        self.kinds[level] = kind
+        self.tensors[level].append(tensors)
+        if self.different[level] < UNKNOWN:
+            self._known[level][id(batch)] = row
+        return row
 
 
 def _tensors(batch: Any) -> tuple[tuple[Any, ...], Sequence[Tensor]]:
-    """(its structure, its tensors) of a batch; ((), ...) where it holds anything else."""
+    """(its structure, its tensors) of a batch, which may be filled anew; ((), ...) where it holds anything else."""
     if batch is None:
         return (None,), ()
     if type(batch) is tuple or type(batch) is list:  # the usual ones, at once
@@ -396,7 +465,7 @@ def _tensors(batch: Any) -> tuple[tuple[Any, ...], Sequence[Tensor]]:
             if not isinstance(t, Tensor):
                 break
         else:
-            return (type(batch), len(batch)), batch
+            return (type(batch), len(batch)), tuple(batch)
     pairs = list(leaves(batch, ""))
     tensors = [leaf for _, leaf in pairs]
     if not tensors or not all(isinstance(t, Tensor) for t in tensors):

@@ -26,6 +26,7 @@ class Cycle:
 
     Attributes:
         length: how many batches a pass has; ``UNKNOWN`` where the data does not tell.
+        different: how many can be different ones; ``UNKNOWN`` where each pass has its own.
 
     Raises:
         TypeError: the data cannot be iterated over, or only once.
@@ -59,7 +60,8 @@ class Cycle:
             self.length = len(data)
         except (TypeError, NotImplementedError):  # as of an IterableDataset
             self.length = UNKNOWN
-        self._listed = isinstance(data, list | tuple)  # and draws no random numbers
+        self._listed = type(data) in (list, tuple)  # and draws no random numbers
+        self.different = self.length if self._listed else UNKNOWN
         self._one = self._listed and self.length == 1  # stays at its start
 
     def next(self) -> Any:
@@ -82,24 +84,22 @@ class Cycle:
 
     def _read(self) -> Any:
         if self._one:
-            return self._checked(self.data[0])
-        if self._iterator is None:
-            self._begin()
-        assert self._iterator is not None
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            if self._position == 0:
-                raise ValueError(
-                    f"{self.name} is empty: iterating over it gave no batch; pass at least one "
-                    f"(with a DataLoader, see drop_last and the length of its dataset)."
-                ) from None
-            self._begin()
-            return self._read()
-        self._position += 1
-        return self._checked(batch)
-
-    def _checked(self, batch: Any) -> Any:
+            batch = self.data[0]
+        else:
+            if self._iterator is None:
+                self._begin()
+            assert self._iterator is not None
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if self._position == 0:
+                    raise ValueError(
+                        f"{self.name} is empty: iterating over it gave no batch; pass at least one "
+                        f"(with a DataLoader, see drop_last and the length of its dataset)."
+                    ) from None
+                self._begin()
+                return self._read()
+            self._position += 1
         if batch is None:
             raise TypeError(
                 f"{self.name} gave None as a batch, which stands for no batch at all; give "

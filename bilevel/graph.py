@@ -90,6 +90,7 @@ class Iterations:
         most_failures: Tensor,
         start: Tensor,
         stacks: list[list[Tensor]],
+        places: Tensor,
         scalars: Tensor,
         vectors: list[Tensor],
     ) -> tuple[Tensor, ...]:
@@ -101,7 +102,8 @@ class Iterations:
         def once(
             i: Tensor, go: Tensor, rows: Tensor, scalars: Tensor, *vectors: Tensor
         ) -> tuple[Tensor, ...]:
-            row, new_scalars, new_vectors = self._once(i, joined, start, stacks, scalars, vectors)
+            stored = stacks, places
+            row, new_scalars, new_vectors = self._once(i, joined, start, stored, scalars, vectors)
             failures = new_scalars[SCALARS.index("failures")]
             go = row.finite & (failures < most_failures) & (row.failed | (row.norm > tol))
             cells = torch.stack([cell.double() for cell in row])
@@ -116,11 +118,13 @@ class Iterations:
         state = (torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), rows)
         return while_loop(going, once, (*state, scalars.clone(), *(t.clone() for t in vectors)))
 
-    def _draw(self, level: int, stacks: list[list[Tensor]], index: Tensor) -> Draw:
-        """The batch at an index of the stacks of the outer, inner or Hessian batches."""
+    def _draw(self, level: int, stored: tuple[list[list[Tensor]], Tensor], at: Tensor) -> Draw:
+        """The outer, inner or Hessian batch at a place."""
+        stacks, places = stored
         if not stacks[level]:
             return Draw(None)
-        picked = [stack.index_select(0, index.reshape(1)).squeeze(0) for stack in stacks[level]]
+        row = places[level].index_select(0, at.reshape(1))
+        picked = [stack.index_select(0, row).squeeze(0) for stack in stacks[level]]
         return Draw(rebuild(self.skeletons[level], iter(picked)))
 
     def _once(
@@ -128,7 +132,7 @@ class Iterations:
         i: Tensor,
         joined: tuple[Tensor, Tensor],
         start: Tensor,
-        stacks: list[list[Tensor]],
+        stored: tuple[list[list[Tensor]], Tensor],
         scalars: Tensor,
         vectors: Sequence[Tensor],
     ) -> tuple[Row, Tensor, list[Tensor]]:
@@ -141,19 +145,19 @@ class Iterations:
         many = joined[1] if self.joins[1] else 1
 
         def outer_of(j: Tensor | int) -> Draw:
-            return self._draw(0, stacks, i * (m + int(self.watches[0])) + j)
+            return self._draw(0, stored, i * (m + int(self.watches[0])) + j)
 
         def of(j: Tensor | int) -> Draw:
-            return self._draw(2, stacks, i * drawn + j)
+            return self._draw(2, stored, i * drawn + j)
 
-        outer = Run(outer_of, joined[0]) if self.joins[0] else self._draw(0, stacks, i)
+        outer = Run(outer_of, joined[0]) if self.joins[0] else self._draw(0, stored, i)
         hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
         # the inner steps
         def inner(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             last, spoiled, _, trials, failures = tally.unbind()
-            draw = self._draw(1, stacks, i * self.counts[0] + t % max(1, self.counts[0]))
+            draw = self._draw(1, stored, i * self.counts[0] + t % max(1, self.counts[0]))
             value, gy = oracle.inner_gradient(x, y, draw)
 
             def phi(t: Tensor) -> tuple[Tensor, int]:
@@ -238,7 +242,7 @@ class Iterations:
         if self.method.corrects:
             assert here is not None and there is not None
             behind = is_behind(here.double(), there.double(), alpha * slope.double().abs())
-            judge = self._draw(1, stacks, i * self.counts[0])
+            judge = self._draw(1, stored, i * self.counts[0])
             new_y, products, looks, concave_new = _corrected(
                 oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver
             )

@@ -295,6 +295,13 @@ class _Source:
             drawn = list({id(batch): batch for batch in drawn}.values())
         return first, inner, drawn, more
 
+    def different(self) -> tuple[int, int, int]:
+        """How many outer, inner and Hessian batches can be different ones, as of :class:`Cycle`."""
+        found = {name: cycle.different for name, cycle in self._cycles.items()}
+        pairs = found.get("data", 1)
+        inner = found.get("inner_data", pairs)
+        return found.get("outer_data", pairs), inner, inner
+
     def state_dict(self) -> dict[str, Any]:
         return {name: cycle.state_dict() for name, cycle in self._cycles.items()}
 

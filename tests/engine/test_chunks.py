@@ -153,6 +153,36 @@ def test_ragged_batches_and_resuming(taken, tmp_path):
     assert len(rest.history) == 14
 
 
+class Refilled:
+    """Gives one list, with other tensors each time."""
+
+    def __init__(self, data):
+        self.data, self.batch = data, []
+
+    def __iter__(self):
+        for new in self.data:
+            self.batch[:] = new
+            yield self.batch
+
+
+def test_batches_of_a_list_are_stored_once_and_others_as_they_come(taken, monkeypatch):
+    stored = []
+    run = Chunks._run
+
+    def spy(self, ready, state, joined, drawn):
+        stored.append([len(tensors) for tensors in drawn.tensors])
+        return run(self, ready, state, joined, drawn)
+
+    monkeypatch.setattr(Chunks, "_run", spy)
+    long = batches(4, 44)  # of 11, more than a call takes
+    for data, most in ((batches(8, 40)[:3], 3), (long, 4), (Refilled(long), 4)):
+        fast, plain = (solve(SOBA, c, inner_steps=1, outer_data=data) for c in (True, False))
+        assert_alike(fast, plain)
+        assert max(outer for outer, _, _ in stored) == most
+        stored.clear()
+    assert taken and all(taken)
+
+
 def test_numbers_that_are_not_finite_end_it_alike(taken):
     wild = bilevel.fixed("sgd", 1e200, 0.3, Implicit(OneStep()))
 

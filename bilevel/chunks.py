@@ -457,7 +457,8 @@ class _Drawn:
 
 
 def _tensors(batch: Any) -> tuple[tuple[Any, ...], Sequence[Tensor]]:
-    """(its structure, its tensors) of a batch, which may be filled anew; ((), ...) where it holds anything else."""
+    """(its structure, its tensors) of a batch, which may be filled anew by the time the next one
+    comes; ((), ...) where it holds anything else."""
     if batch is None:
         return (None,), ()
     if type(batch) is tuple or type(batch) is list:  # the usual ones, at once

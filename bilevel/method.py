@@ -225,66 +225,29 @@ class Method:
         hessian_batches: Sequence[Any] | None,
         more_outer_batches: Sequence[Any] | None,
     ) -> tuple[State, Record]:
-        x, y = state.vectors
+        x, _ = state.vectors
         draws = [Draw(batch) for batch in inner_batches]
-        outers = [Draw(batch) for batch in (outer_batch, *(more_outer_batches or []))]
         y, path, inner = self._inner(oracle, state, draws)
-        given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
-        hessian = oracle.distinct(given)
-        (m, judges), (count, more) = self.wanted(state)
-        m = averaged(m, judges, len(outers))
-        outer, fresh = oracle.joint(outers[:m]), outers[m : m + judges]
-        alone = self.is_alone(outer_batch, more_outer_batches)
-        kappa = 1.0 if alone else state.agreement.kappa(m)
-        hessian, others = hessian[:count], hessian[count : count + more]
+        drawn = self._drawn(oracle, state, draws, outer_batch, hessian_batches, more_outer_batches)
+        outer, hessian = drawn.outer, drawn.hessian
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.learned)
         d, moments = self.direction(h.grad, state.moments)
         searches = self.outer_rule.searches(state.k, state.outer_last)
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
-        trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size, kappa)
+        trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size, drawn.kappa)
         move = self.outer_rule(trials.line, state.k, state.outer_last)
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
+        n = self._numbers(oracle, state, drawn, inner, h, trials, move, (new_x, new_y))
 
-        own = seen = excess = h.value * math.nan
-        if fresh and h.fy is not None and response not in (None, "frozen"):  # or y stays behind
-            _, fx, fy = oracle.outer_gradients(x, y, fresh[0])
-            own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
-        here = there = torch.zeros_like(h.value) if h.lag is None else h.lag
-        if others and h.elsewhere:
-            excess, there = h.elsewhere(others[0])
-        average = state.average
-        noisy = any(draw.batch is not None for draw in (*outers, *draws))
-        average_value = average.value(oracle, outer) if average else h.value
-        inner_value = h.inner_value if h.inner_value is not None else inner.value
-        if self.inner_solver is None:
-            inner_value = inner_value + 0 * inner.value  # NaN where any inner step had no number
-        n = _Numbers(
-            value=h.value,
-            inner_value=inner_value,
-            norm=torch.linalg.vector_norm(h.grad),
-            alpha=move.size,
-            beta=inner.size,
-            residual=math.nan if h.residual is None else h.residual,
-            finite=new_x.isfinite().all() & new_y.isfinite().all(),
-            difference=h.value - average_value,
-            slope=trials.line.slope,
-            here=here,
-            there=there,
-            excess=excess,
-            apart=trials.apart,
-            own=own,
-            seen=seen,
-        ).on_host(x.device)
-        agreement = state.agreement
-        if n.alpha > 0:
-            agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, m)
-        failure = _failure(n.value, n.inner_value, n.norm, n.finite, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         numeric = not all(map(math.isfinite, (n.value, n.inner_value, n.norm))) or not n.finite
-        still = self.is_still(draws[0].batch is not None, bool(others))
+        failure = _failure(n.value, n.inner_value, n.norm, n.finite, move)
+        agreement, average = state.agreement, state.average
+        if n.alpha > 0:
+            agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, drawn.many)
         # on y's way from the user's start h is of another place than y*(x), and x waits where the
         # first step gains less than what y still has to go
         waits = self.may_wait(state) and is_behind(n.here, n.there, move.gain)
@@ -308,7 +271,7 @@ class Method:
             inner_failures=inner.failures,
             residual=None if h.residual is None else n.residual,
             hessian_batches=len(hessian),
-            outer_batches=m,
+            outer_batches=drawn.many,
             gradients=cost.gradients,
             hessian_products=cost.hessian_products,
             loss_evaluations=cost.loss_evaluations,
@@ -317,33 +280,104 @@ class Method:
         )
         if numeric:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
+
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
-        if still:  # noise, where there is some, is not to be fitted closer
+        if drawn.still:  # noise, where there is some, is not to be fitted closer
             learned = learned.judge(n.apart)
         if average and math.isfinite(n.difference):
             average = average.compare(n.difference).add(oracle, x, y)
-        elif self.averages and noisy:
+        elif self.averages and drawn.noisy:
             average = Average(x, y)
-        return (
-            State(
-                state.layouts,
-                (x, y) if move.failed else (new_x, new_y),
-                state.k + 1,
-                move.last,
-                inner.last,
-                moments,
-                h.q,
-                average,
-                inner.solver,
-                cost,
-                state.seconds,
-                state.failures + 1 if move.failed else 0,
-                state.noise.add(n.excess, len(hessian)).settle(state.k),
-                agreement.settle(state.k),
-                learned,
-            ),
-            record,
+        new = State(
+            state.layouts,
+            (x, y) if move.failed else (new_x, new_y),
+            state.k + 1,
+            move.last,
+            inner.last,
+            moments,
+            h.q,
+            average,
+            inner.solver,
+            cost,
+            state.seconds,
+            state.failures + 1 if move.failed else 0,
+            state.noise.add(n.excess, len(hessian)).settle(state.k),
+            agreement.settle(state.k),
+            learned,
         )
+        return new, record
+
+    def _drawn(
+        self,
+        oracle: Oracle,
+        state: State,
+        draws: Sequence[Draw],
+        outer_batch: Any,
+        hessian_batches: Sequence[Any] | None,
+        more_outer_batches: Sequence[Any] | None,
+    ) -> _Drawn:
+        """Which batches the hypergradient is of, and which ones judge it."""
+        outers = [Draw(batch) for batch in (outer_batch, *(more_outer_batches or []))]
+        given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
+        hessian = oracle.distinct(given)
+        (m, judges), (count, more) = self.wanted(state)
+        m = averaged(m, judges, len(outers))
+        others = hessian[count : count + more]
+        alone = self.is_alone(outer_batch, more_outer_batches)
+        return _Drawn(
+            outer=oracle.joint(outers[:m]),
+            fresh=outers[m : m + judges],
+            hessian=hessian[:count],
+            others=others,
+            many=m,
+            kappa=1.0 if alone else state.agreement.kappa(m),
+            still=self.is_still(draws[0].batch is not None, bool(others)),
+            noisy=any(draw.batch is not None for draw in (*outers, *draws)),
+        )
+
+    def _numbers(
+        self,
+        oracle: Oracle,
+        state: State,
+        drawn: _Drawn,
+        inner: _Inner,
+        h: Estimate,
+        trials: Trials,
+        move: Move,
+        reached: tuple[Tensor, Tensor],
+    ) -> _Numbers:
+        """What the host looks at after an outer step, which leads to ``reached``."""
+        x, y, (new_x, new_y) = trials.x, trials.y, reached
+        own = seen = excess = h.value * math.nan
+        follows = trials.response not in (None, "frozen")  # or y stays behind
+        if drawn.fresh and h.fy is not None and follows:
+            _, fx, fy = oracle.outer_gradients(x, y, drawn.fresh[0])
+            own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
+        here = there = torch.zeros_like(h.value) if h.lag is None else h.lag
+        if drawn.others and h.elsewhere:
+            excess, there = h.elsewhere(drawn.others[0])
+        average = state.average
+        average_value = average.value(oracle, drawn.outer) if average else h.value
+        inner_value = h.inner_value if h.inner_value is not None else inner.value
+        if self.inner_solver is None:
+            inner_value = inner_value + 0 * inner.value  # NaN where any inner step had no number
+        return _Numbers(
+            value=h.value,
+            inner_value=inner_value,
+            norm=torch.linalg.vector_norm(h.grad),
+            alpha=move.size,
+            beta=inner.size,
+            residual=math.nan if h.residual is None else h.residual,
+            finite=new_x.isfinite().all() & new_y.isfinite().all(),
+            difference=h.value - average_value,
+            slope=trials.line.slope,
+            here=here,
+            there=there,
+            excess=excess,
+            apart=trials.apart,
+            own=own,
+            seen=seen,
+        ).on_host(x.device)
 
     def _inner(
         self, oracle: Oracle, state: State, draws: Sequence[Draw]
@@ -456,6 +490,25 @@ def _failure(
     if not finite:
         return "the step led to a point that is not finite"
     return None
+
+
+class _Drawn(NamedTuple):
+    """The batches of an outer step.
+
+    Attributes:
+        outer, hessian: of the hypergradient.   fresh, others: none of it, to judge these.
+        many: outer batches.   kappa: of so many, see :class:`bilevel.noise.Agreement`.
+        still: whether g is the same in all that is given.   noisy: whether there are any batches.
+    """
+
+    outer: Draw
+    fresh: Sequence[Draw]
+    hessian: Sequence[Draw]
+    others: Sequence[Draw]
+    many: int
+    kappa: float
+    still: bool
+    noisy: bool
 
 
 class _Numbers(NamedTuple):

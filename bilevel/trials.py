@@ -41,8 +41,8 @@ class Trials:
         kappa: float,
     ) -> None:
         self._oracle, self._outer, self._inner = oracle, outer, inner
-        self._x, self._y = point
-        self._h, self._d, self._response, self._inner_size = h, d, response, inner_size
+        (self.x, self.y), self.response = point, response
+        self._h, self._d, self._inner_size = h, d, inner_size
         self._projects = oracle.problem.project is not None
         self._seen: dict[float, tuple[Tensor, Tensor | None]] = {}
         self._follow = None
@@ -59,11 +59,11 @@ class Trials:
     def reach(self, t: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""
         if isinstance(t, Tensor):
-            return self._oracle.project(self._x + t * self._d), self._y
+            return self._oracle.project(self.x + t * self._d), self.y
         if t not in self._seen:
             if len(self._seen) > 2:  # an accepted trial is one of the last three
                 del self._seen[next(iter(self._seen))]
-            free = self._x + t * self._d
+            free = self.x + t * self._d
             xt = self._oracle.project(free)
             bent = self._projects and not torch.equal(xt, free)
             if bent and 8 * xt.abs().max() < free.abs().max():
@@ -72,13 +72,13 @@ class Trials:
         return self._seen[t]
 
     def _respond(self, t: float, xt: Tensor, bent: bool) -> Tensor | None:
-        if self._response == "refine":
-            _, gy = self._oracle.inner_gradient(xt, self._y, self._inner)
-            return self._y - self._inner_size * gy
+        if self.response == "refine":
+            _, gy = self._oracle.inner_gradient(xt, self.y, self._inner)
+            return self.y - self._inner_size * gy
         if self._follow is None or t == 0:
-            return self._y
+            return self.y
         if bent:  # the tangent along the arc that the projection bends
-            yt, trusted = self._h.respond(xt - self._x).follow(1.0, xt)
+            yt, trusted = self._h.respond(xt - self.x).follow(1.0, xt)
         else:
             yt, trusted = self._follow(t, xt)
         return yt if bool(trusted) else None
@@ -91,4 +91,4 @@ class Trials:
 
     def _predicted(self, t: float) -> float:
         """<h, x(t) - x>: what the projection cuts off cannot be gained."""
-        return float(torch.dot(self._h.grad, self.reach(t)[0] - self._x))
+        return float(torch.dot(self._h.grad, self.reach(t)[0] - self.x))

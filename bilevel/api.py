@@ -112,7 +112,7 @@ def hypergradient(
         found = _estimate(oracle, X, Y, outer_batch, batches, method)
     solver = getattr(method, "solver", None)
     if isinstance(solver, Neumann | StochasticNeumann) and found.residual is not None:
-        if not bool(found.residual <= 1):
+        if bool(found.residual > 1):
             warnings.warn(
                 f"{solver} diverges here: its relative residual is {float(found.residual):.3g}; "
                 f"use step='auto', or ConjugateGradient if the Hessian may be indefinite.",
@@ -236,7 +236,8 @@ def check(
     X, Y = layouts[0].flatten(x), layouts[1].flatten(y)
     generator = torch.Generator().manual_seed(seed)
     oracle.require_data(outer_batch, inner_batch, "{}_batch", "{}_batch=batch")
-    with sdpa_kernel(SDPBackend.MATH):
+    devices = [X.device] if X.device.type == "cuda" else []
+    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=devices):
         validated(oracle, X, Y, outer_batch, inner_batch, "{}_batch")
         D = torch.randn(directions, X.numel(), generator=generator, dtype=torch.float64)
         if X.numel() <= directions:

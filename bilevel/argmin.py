@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import require
 from bilevel.hypergradients import Implicit
@@ -137,6 +138,7 @@ class _Argmin(torch.autograd.Function):
             parts = vector.split(sizes)
             return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
-        pullback = torch.func.vjp(ctx.gradient, xs, ys)[1]
-        q = solved(ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents))
-        return None, None, None, *(-part for part in pullback(unflat(q))[0])
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
+            pullback = torch.func.vjp(ctx.gradient, xs, ys)[1]
+            q = solved(ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents))
+            return None, None, None, *(-part for part in pullback(unflat(q))[0])

@@ -18,7 +18,7 @@ from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import CONCAVE, ConjugateGradient, Learned, StochasticNeumann
+from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
 from bilevel.method import Batches, Method, State, _failure
 from bilevel.noise import MOST, Agreement, Noise, averaged, settles
 from bilevel.problem import Oracle, Problem, is_small
@@ -116,7 +116,7 @@ class Chunks:
             (self.method.inner_rule, state.inner_last),
         )
         measuring = [(r, last) for r, last in rules if isinstance(r, Polyak)]
-        settling = max(state.noise.terms, state.agreement.terms) > 0
+        settling = "auto" in (self.method.outer_batches, self.method.hypergradient.batches)
         limit = min(limit, SLOTS, int(WAIT / self.seconds) if self.seconds else SLOTS)
         for ahead in range(max(1, limit)):
             if any(rule.searches(state.k + ahead, last) for rule, last in measuring):
@@ -197,8 +197,7 @@ class Chunks:
             joined.loop,
             joined.watched,
             self.method.is_alone(batches[0], batches[3]),
-            isinstance(self._implicit.solver, ConjugateGradient)
-            and is_small(self.problem.habit, self.start),
+            is_conjugate(self._implicit.solver) and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)

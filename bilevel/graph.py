@@ -20,7 +20,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import Estimate, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
-from bilevel.method import Method, is_behind, slopes
+from bilevel.method import Method, is_behind, slopes, unsound
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import LEAST_C, MOST_C, Armijo, Moments
@@ -165,7 +165,7 @@ class Iterations:
 
             found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
             size, last, more, failed, _ = found
-            value = value.double() + 0 * spoiled  # NaN from the first on that is not finite
+            value = value.double() + unsound(spoiled)  # from the first on that is not finite
             tally = torch.stack([last, value, size, trials + more, failures + failed])
             return t + 1, y - size.to(y.dtype) * gy, tally
 
@@ -222,7 +222,7 @@ class Iterations:
         c: Any = None
         if isinstance(rule, Armijo) and rule.c == "auto":
             c = _share(agreement, m, self.alone)
-        found = move(rule, h.value, slope, phi, k, outer_last, c)
+        found = move(rule, h.value, slope, phi, k, outer_last, c, extrapolates=True)
         alpha, outer_last_new, outer_trials, failed, evaluations = found
         new_x, new_y, _ = reach(alpha)
         failed = failed > 0
@@ -236,7 +236,7 @@ class Iterations:
 
         # what is kept: all of it, or, where numbers are not finite, nothing
         norm = torch.linalg.vector_norm(h.grad)
-        inner_value = h.inner_value + 0 * spoiled.to(x.dtype)
+        inner_value = h.inner_value + unsound(spoiled).to(x.dtype)
         finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
         finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
         if self.method.corrects:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel import require
-from bilevel.linear import PRODUCTS, UNTAUGHT, Learned, Neumann, Solver, curvature, watched
+from bilevel.linear import PRODUCTS, UNTAUGHT, Learned, Neumann, Solver, series_step, watched
 from bilevel.problem import Draw, Oracle, Products
 
 # (t, x + t d) -> y(t), and whether it can be trusted
@@ -265,27 +265,29 @@ class _Differences:
         self._oracle, self._x, self._y, self._draw, self._eps = oracle, x, y, draw, eps
         self.value, self.gradient = oracle.inner_gradient(x, y, draw)
 
-    def _length(self, point: Tensor, u: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(u).clamp_min(torch.finfo(u.dtype).tiny)
-        return self._eps * (1 + torch.linalg.vector_norm(point)) / norm
+    def _displacement(self, point: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """h u / |u|, zero where u is, and |u| / 2h."""
+        norm = torch.linalg.vector_norm(u)
+        h = self._eps * (1 + torch.linalg.vector_norm(point))
+        return torch.where(norm > 0, h * (u / norm), 0.0), norm / (2 * h)
 
     def product(self, u: Tensor) -> Tensor:
-        h = self._length(self._y, u)
-        _, plus = self._oracle.inner_gradient(self._x, self._y + h * u, self._draw)
-        _, minus = self._oracle.inner_gradient(self._x, self._y - h * u, self._draw)
-        return (plus - minus) / (2 * h)
+        s, scale = self._displacement(self._y, u)
+        _, plus = self._oracle.inner_gradient(self._x, self._y + s, self._draw)
+        _, minus = self._oracle.inner_gradient(self._x, self._y - s, self._draw)
+        return scale * (plus - minus)
 
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        h = self._length(self._y, u)
-        _, px, py = self._oracle.inner_gradients(self._x, self._y + h * u, self._draw)
-        _, mx, my = self._oracle.inner_gradients(self._x, self._y - h * u, self._draw)
-        return (px - mx) / (2 * h), (py - my) / (2 * h)
+        s, scale = self._displacement(self._y, u)
+        _, px, py = self._oracle.inner_gradients(self._x, self._y + s, self._draw)
+        _, mx, my = self._oracle.inner_gradients(self._x, self._y - s, self._draw)
+        return scale * (px - mx), scale * (py - my)
 
     def forward(self, d: Tensor) -> Tensor:
-        h = self._length(self._x, d)
-        _, plus = self._oracle.inner_gradient(self._x + h * d, self._y, self._draw)
-        _, minus = self._oracle.inner_gradient(self._x - h * d, self._y, self._draw)
-        return (plus - minus) / (2 * h)
+        s, scale = self._displacement(self._x, d)
+        _, plus = self._oracle.inner_gradient(self._x + s, self._y, self._draw)
+        _, minus = self._oracle.inner_gradient(self._x - s, self._y, self._draw)
+        return scale * (plus - minus)
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,7 @@ class Unrolled:
         size: float | Tensor
         if isinstance(self.step, str):
             pull = oracle.record(x, y, draw)
-            size = 1 / curvature(pull.product, pull.gradient + torch.ones_like(y))
+            size = series_step(self.step, pull.product, pull.gradient + torch.ones_like(y))
         else:
             size = self.step
         path = []

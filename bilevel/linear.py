@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,8 +73,7 @@ def watched(
 ) -> tuple[Tensor, Learned]:
     """The same, and what is known by then, which conjugate gradients can tell and use: see
     :meth:`ConjugateGradient.watched`."""
-    cg = ConjugateGradient
-    if isinstance(solver, cg) and type(solver).__call__ is cg.__call__:  # not a subclass's own
+    if is_conjugate(solver):
         q, concave = solver.watched(product, b, q0, learned)
         learned = learned._replace(concave=concave)
     else:
@@ -87,6 +86,12 @@ def watched(
             f"shape {tuple(b.shape)} of {b.dtype}; return a q of that shape and type.",
         )
     return q, learned
+
+
+def is_conjugate(solver: Solver) -> TypeGuard[ConjugateGradient]:
+    """Whether it is :class:`ConjugateGradient`, and not a subclass with steps of its own."""
+    cg = ConjugateGradient
+    return isinstance(solver, cg) and type(solver).__call__ is cg.__call__
 
 
 def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
@@ -180,7 +185,7 @@ class Neumann:
         require.step("Neumann", self.step)
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
-        nu = _series_step(self.step, product, b)
+        nu = series_step(self.step, product, b)
         r = b if q0 is None else b - product(q0)
         q = r
         for _ in range(self.terms - 1):
@@ -189,7 +194,8 @@ class Neumann:
         return nu * q if q0 is None else q0 + nu * q
 
 
-def _series_step(step: float | str, product: Product, b: Tensor) -> Tensor | float:
+def series_step(step: float | str, product: Product, b: Tensor) -> Tensor | float:
+    """The step, or the reciprocal of :func:`curvature` where it is 'auto'; 1 of none."""
     if not isinstance(step, str):
         return step
     bound = curvature(product, b)
@@ -234,7 +240,7 @@ class StochasticNeumann:
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         del q0  # the factors differ from call to call, so there is no system to go on solving
-        nu = _series_step(self.step, product, b)
+        nu = series_step(self.step, product, b)
         if self.step == "auto":
             nu = nu / 2
         if self.form == "random":
@@ -373,6 +379,7 @@ class ConjugateGradient:
             q, r = scale * q0, b - scale * Hq
             low = torch.where(curved < 0, curved / torch.dot(q0, q0), 0.0)
         rr = torch.dot(r, r)
+        q = q + 0 * rr  # NaN where b is: not a system that is solved at once
         # even a good guess takes one step, so that over the iterations of a method q converges
         return rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0, -low, low)
 
@@ -453,12 +460,13 @@ class Nystrom:
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
         del q0
-        n, rank = b.numel(), min(self.rank, b.numel())
+        n, rank, dtype = b.numel(), min(self.rank, b.numel()), b.dtype
+        b = b.to(torch.promote_types(dtype, torch.float32))  # decompositions have no half types
         # drawn on the CPU so that every device sees the same sketch
         generator = torch.Generator().manual_seed(self.seed)
         omega = torch.randn(n, rank, generator=generator, dtype=torch.float64)
         omega = torch.linalg.qr(omega).Q.to(b)
-        Y = torch.stack([product(column) for column in omega.T], dim=1)
+        Y = torch.stack([product(column.to(dtype)) for column in omega.T], dim=1).to(b)
         shift = torch.finfo(b.dtype).eps * torch.linalg.matrix_norm(Y)  # keeps the core definite
         core = omega.T @ Y + shift * (omega.T @ omega)
         values, vectors = torch.linalg.eigh(torch.nan_to_num((core + core.T) / 2))
@@ -475,8 +483,8 @@ class Nystrom:
         z = U.T @ b
         inside = torch.where(lam + rho > 0, z / (lam + rho), 0.0)
         if rank == n:
-            return U @ inside
-        return U @ inside + torch.where(rho > 0, (b - U @ z) / rho, 0.0)
+            return (U @ inside).to(dtype)
+        return (U @ inside + torch.where(rho > 0, (b - U @ z) / rho, 0.0)).to(dtype)
 
 
 @dataclass(frozen=True)

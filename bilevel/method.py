@@ -134,6 +134,13 @@ class Method:
                 f"or leave inner_solver out."
             )
 
+        if self.inner_solver is not None and self.response == "refine":
+            raise ValueError(
+                "response='refine' with inner_solver: a trial is judged after one more inner step "
+                "of the last size, which a solver of your own does not tell; use "
+                "response='tangent', or leave inner_solver out."
+            )
+
     def init(self, x: Variable, y: Variable) -> State:
         """The state at the start. x and y are read, never modified."""
         layouts = Layout(x, "x"), Layout(y, "y")
@@ -359,18 +366,16 @@ class Method:
         average = state.average
         average_value = average.value(oracle, drawn.outer) if average else h.value
         inner_value = h.inner_value if h.inner_value is not None else inner.value
-        if self.inner_solver is None:
-            inner_value = inner_value + 0 * inner.value  # NaN where any inner step had no number
         return _Numbers(
             value=h.value,
-            inner_value=inner_value,
+            inner_value=inner_value + inner.spoiled,
             norm=torch.linalg.vector_norm(h.grad),
             alpha=move.size,
             beta=inner.size,
             residual=math.nan if h.residual is None else h.residual,
             finite=new_x.isfinite().all() & new_y.isfinite().all(),
             difference=h.value - average_value,
-            slope=trials.line.slope,
+            slope=trials.slope,
             here=here,
             there=there,
             excess=excess,
@@ -391,7 +396,6 @@ class Method:
         keep, window = self.hypergradient.keep, self.hypergradient.window
         first_kept = 0 if window is None else max(0, len(draws) - window)
         path: list[InnerStep] = []
-        spoiled: float | Tensor = 0.0
         for t, draw in enumerate(draws):
             kept = keep != "nothing" and t >= first_kept
             graph = oracle.record(x, y, draw) if kept and keep == "graphs" else None
@@ -404,8 +408,8 @@ class Method:
             if kept:
                 path.append(InnerStep(y, draw, move.size, graph))
             y = y - move.size * gy
-            spoiled = spoiled + 0 * value  # NaN from the first loss on that is not finite
-            out.value, out.size, out.last = value + spoiled, move.size, move.last
+            out.value, out.size, out.last = value, move.size, move.last
+            out.spoiled = out.spoiled + unsound(value)
             out.trials += move.trials
             out.failures += move.failed
         return y, path, out
@@ -434,6 +438,11 @@ def slopes(
     (fx, fy), (dx, dy) = fresh, step
     own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
     return own, torch.dot(fx, dx) + torch.dot(fy, dy)
+
+
+def unsound(value: Tensor) -> Tensor:
+    """It, where it is not finite; or 0."""
+    return torch.where(value.isfinite(), 0.0, value)
 
 
 def is_behind(here: Any, there: Any, gain: Any) -> Any:
@@ -543,6 +552,7 @@ class _Inner:
     last: float | None
     solver: Any
     value: float | Tensor = float("nan")
+    spoiled: float | Tensor = 0.0  # not finite where any loss on the way was not
     size: float | Tensor = 0.0
     trials: int = 0
     failures: int = 0

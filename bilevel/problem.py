@@ -43,6 +43,8 @@ class Problem:
     # of each loss: whether it takes a batch, None where it may
     batched: dict[str, bool | None] = field(init=False, repr=False, compare=False)
     habit: Habit = field(default_factory=Habit, init=False, repr=False, compare=False)
+    # what torch.compile has made of the losses between the last two layouts
+    functions: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("outer", "inner"):
@@ -157,6 +159,16 @@ class Oracle:
             raise ValueError(
                 "x and y are on meta, where tensors hold no numbers; move them to the CPU or a GPU."
             )
+        if y.device.type == "mps":
+            raise ValueError(
+                "x and y are on mps, which has no float64, and steps are compared in it; move them "
+                "to the CPU or a GPU that has."
+            )
+        if torch.is_autocast_enabled(y.device.type):
+            raise ValueError(
+                "this was called in torch.autocast, where the vectors of the linear systems would "
+                "lose half their digits; enter it inside the losses instead."
+            )
         if torch.is_inference_mode_enabled():
             raise ValueError(
                 "this was called in torch.inference_mode(), where there are no gradients; leave it."
@@ -194,8 +206,8 @@ class Oracle:
         if draw.batch is not None and takes is False:
             raise told(
                 TypeError,
-                f"{level}_data was given (a batch), but the {level} loss takes no batch; "
-                f"write {level}(x, y, batch), or leave out {level}_data.",
+                f"the {level} loss was given a batch, but takes none; write {level}(x, y, batch), "
+                f"or pass no data for it.",
             )
         return (draw.batch,) if takes or (takes is None and draw.batch is not None) else ()
 

@@ -29,6 +29,8 @@ class Line:
         value: phi(0).   slope: phi'(0), negative on a descent direction.   phi: t -> phi(t).
         predicted: t -> the change of phi to first order; None: t phi'(0), a straight line.
         kappa: share of the slope that independent batches see as well; 0 where it is not known.
+        extrapolates: whether phi follows y by a tangent, so that what it says of far away is
+            nothing to go there for.
     """
 
     value: Tensor
@@ -36,6 +38,7 @@ class Line:
     phi: Callable[[float], Tensor]
     predicted: Callable[[float], float] | None = None
     kappa: float = 0.0
+    extrapolates: bool = False
 
 
 class Move(NamedTuple):
@@ -149,7 +152,7 @@ class Armijo:
             if line.predicted is not None and decrease <= 0:
                 return Move(0.0, last)  # the projection leaves nothing to gain
             if decrease < 8 * rounding:  # lost in the rounding error of phi, where anything passes
-                if decrease > 0:  # as far as it can be seen
+                if decrease > 0 and not line.extrapolates:  # as far as it can be seen
                     far = search(start=start * min(8 * rounding / decrease, NEAR), max_trials=1)
                     if far.accepted:
                         return Move(far.step, far.step, 1, gain=value - far.value)

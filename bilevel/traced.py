@@ -17,7 +17,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.func import grad_and_value
 
 from bilevel.compiled import second_derivatives
-from bilevel.linear import ConjugateGradient, Learned, Product, Solver, seen
+from bilevel.linear import Learned, Product, Solver, is_conjugate, seen
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import LEAST_C, NEAR, Armijo, Fixed, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
@@ -158,7 +158,7 @@ class Counted:
 
     def __call__(self, product: Product, b: Tensor, q0: Tensor | None) -> Tensor:
         solver = self.solver
-        if not isinstance(solver, ConjugateGradient):
+        if not is_conjugate(solver):
 
             def counted(u: Tensor, *index: int) -> Tensor:
                 self.counts.append(1)
@@ -186,13 +186,21 @@ class Counted:
 
 
 def move(
-    rule: Rule, value: Tensor, slope: Tensor, phi: Phi, k: Any, last: Tensor, c: Any = None
+    rule: Rule,
+    value: Tensor,
+    slope: Tensor,
+    phi: Phi,
+    k: Any,
+    last: Tensor,
+    c: Any = None,
+    extrapolates: bool = False,
 ) -> Found:
-    """``rule`` along a line, as numbers of float64; ``c`` of a search, where it is 'auto' and
-    kappa is known."""
+    """``rule`` along a :class:`bilevel.rules.Line`, as numbers of float64; ``c`` of a search,
+    where it is 'auto' and kappa is known."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        return search(rule, value, slope, phi, last, rule.share(0.0) if c is None else c)
+        c = rule.share(0.0) if c is None else c
+        return search(rule, value, slope, phi, last, c, extrapolates)
     if isinstance(rule, Fixed):
         return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
     assert isinstance(rule, Polyak)
@@ -204,7 +212,15 @@ def move(
     return torch.where(slope < 0, size, 0.0), last, nothing, nothing, nothing
 
 
-def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor, c: Any) -> Found:
+def search(
+    rule: Armijo,
+    value: Tensor,
+    slope: Tensor,
+    phi: Phi,
+    last: Tensor,
+    c: Any,
+    extrapolates: bool = False,
+) -> Found:
     """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph."""
     rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
     value, slope = value.double(), slope.double()
@@ -223,7 +239,7 @@ def search(rule: Armijo, value: Tensor, slope: Tensor, phi: Phi, last: Tensor, c
         start = torch.where(first, initial.log2().round().exp2(), start)
     decrease = -slope * start
     lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
-    far = lost & (decrease > 0)
+    far = lost & (decrease > 0) & (not extrapolates)
     further = start * (8 * rounding / decrease).clamp(max=NEAR)
     start = torch.where(far, further, torch.where(lost, last, start))
     nothing = torch.zeros_like(value)

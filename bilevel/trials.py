@@ -47,14 +47,17 @@ class Trials:
         self._seen: dict[float, tuple[Tensor, Tensor | None]] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
-        slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
+        self._kappa, self.slope = kappa, torch.dot(h.direct if response == "frozen" else h.grad, d)
         if response == "tangent":
-            slope, self.apart, self._follow = h.respond(d)
-        value = h.value
-        if response == "refine":  # base and trial on the same map y(t), or no t may do
-            value = self.phi(0.0)
+            self.slope, self.apart, self._follow = h.respond(d)
+
+    @property
+    def line(self) -> Line:
+        """phi as a rule sees it. Not held: a cycle would keep the graphs of h until collected."""
+        # base and trial on the same map y(t), or no t may do
+        value = self.phi(0.0) if self.response == "refine" else self._h.value
         predicted = self._predicted if self._projects else None
-        self.line = Line(value, slope, self.phi, predicted, kappa)
+        return Line(value, self.slope, self.phi, predicted, self._kappa, extrapolates=True)
 
     def reach(self, t: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""

@@ -54,6 +54,13 @@ class OneStep:
         return q - 0.3 * (product(q) - b)
 
 
+class Damped(ConjugateGradient):
+    """Conjugate gradients with a __call__ of its own, which counts."""
+
+    def __call__(self, product, b, q0=None):
+        return 0.9 * super().__call__(product, b, q0)
+
+
 SOBA = bilevel.fixed("sgd", 0.05, 0.3, Implicit(OneStep()), decay=0.5)
 METHODS = {
     "bisls-adam": (bilevel.bisls("adam"), {"inner_steps": 3}),
@@ -67,6 +74,7 @@ METHODS = {
         {"inner_steps": 2},
     ),
     "soba": (SOBA, {"inner_steps": 1}),
+    "of one's own": (bilevel.fixed("sgd", 0.05, 0.3, Implicit(Damped(2, 0.0))), {"inner_steps": 1}),
 }
 
 
@@ -151,6 +159,27 @@ def test_ragged_batches_and_resuming(taken, tmp_path):
     rest = solve(SOBA, True, checkpoint=path, resume=True, **data)
     assert torch.equal(rest.x, whole.x) and torch.equal(rest.y, whole.y)
     assert len(rest.history) == 14
+
+
+def test_hessian_batches_are_chosen_where_the_first_iteration_taught_nothing(taken):
+    """f_y = 0 at first, of which no noise is seen."""
+    g = torch.Generator().manual_seed(0)
+    data = [torch.rand(5, generator=g, dtype=torch.float64) ** 6 * 8 + 0.02 for _ in range(20)]
+
+    def solve(compile):
+        return bilevel.solve(
+            lambda x, y: 0.2 * ((x - 5) ** 2).sum() + 0.05 * (y.sum() - 6).relu() ** 2,
+            lambda x, y, b: (b * (y - x) ** 2).mean() + 0.05 * (y**2).sum(),
+            *(START, START),
+            inner_data=data,
+            steps=9,
+            inner_steps=2,
+            compile=compile,
+        )
+
+    fast, plain = solve(True), solve(False)
+    assert len({record.hessian_batches for record in plain.history}) > 1 and any(taken)
+    assert_alike(fast, plain, rtol=1e-6)
 
 
 class Refilled:

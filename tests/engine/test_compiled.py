@@ -1,6 +1,8 @@
 """The compiled oracle against the plain one, and its fallback."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -69,3 +71,42 @@ def test_what_cannot_be_compiled_falls_back_to_the_same_bits():
         fast = run(True, outer)
     assert fast.reason == "all 3 steps were taken"
     torch.testing.assert_close(fast.x, run(False, outer).x, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_the_same_for_every_compiled_derivative():
+    X = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def solve(compile):
+        torch.manual_seed(1)
+        layers = (torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Dropout(0.5))
+        y = torch.nn.Sequential(*layers, torch.nn.Linear(4, 1)).double()
+
+        def outer(x, y):
+            return (y(X) - X[:, :1].tanh()).square().mean()
+
+        def inner(x, y):
+            return outer(x, y) + x.exp() * sum(p.square().sum() for p in y.parameters())
+
+        x = torch.tensor(-2.0, dtype=torch.float64)
+        return bilevel.solve(outer, inner, x, y, steps=6, inner_steps=3, seed=0, compile=compile)
+
+    fast, plain = solve(True), solve(False)
+    torch.testing.assert_close(fast.x, plain.x, rtol=1e-8, atol=0)
+    for one, other in zip(fast.history, plain.history, strict=True):
+        assert one.outer_loss == pytest.approx(other.outer_loss, rel=1e-8)
+        assert (one.outer_trials, one.inner_trials) == (other.outer_trials, other.inner_trials)
+
+
+def test_compiled_functions_die_with_their_problem():
+    case = RIDGES[0]
+    problem = bilevel.Problem(case.outer, case.inner, compile=True)
+    method = bilevel.fixed("sgd", 0.1, 0.1)
+    state = method.init(case.x, case.y)
+    for _ in range(2):
+        state, _ = method.step(problem, state)
+    functions = set(problem.functions)
+    assert "inner_gradient" in functions
+    alive = weakref.ref(problem)
+    del problem
+    gc.collect()
+    assert alive() is None

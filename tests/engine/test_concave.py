@@ -12,7 +12,7 @@ import bilevel
 from bilevel import ConjugateGradient, Implicit, chunks
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, FLOOR
-from bilevel.problem import Draw, Problem, make_oracle
+from bilevel.problem import Draw, Problem, Pullback, make_oracle
 from tests.tables import absolute, relative, t
 
 SPECTRUM = np.array([4.0, 1.5, 0.3, -0.8])
@@ -138,6 +138,27 @@ def test_it_is_remembered_in_a_checkpoint(tmp_path):
     assert whole.state.learned.concave > CONCAVE
     assert whole.state.learned == resumed.state.learned
     assert torch.equal(whole.x, resumed.x)
+
+
+def test_an_iteration_leaves_no_graph_behind(monkeypatch):
+    alive = weakref.WeakSet()
+    record = Pullback.__init__
+
+    def spy(self, *args):
+        record(self, *args)
+        alive.add(self)
+
+    monkeypatch.setattr(Pullback, "__init__", spy)
+    problem = Problem(lambda x, y: ((y - 1) ** 2).sum(), lambda x, y: ((y - x) ** 2).sum())
+    gc.collect()
+    gc.disable()
+    try:
+        for method in (bilevel.bisls(), bilevel.bisls(response="refine"), bilevel.fixed()):
+            state = method.init(t(0.0), t([0.0, 0.0]))
+            method.step(problem, state)
+            assert not alive
+    finally:
+        gc.enable()
 
 
 def test_an_estimate_is_gone_with_its_last_reference():

@@ -28,6 +28,7 @@ from tests.tables import (
     leaves,
     relative,
     ridge,
+    t,
 )
 
 SMOOTH = [RIDGES[0], QUADRATIC, NESTED, MIXED, SCALAR]
@@ -428,4 +429,31 @@ def test_check_directions(case):
     torch.manual_seed(1)
     state = torch.get_rng_state()
     bilevel.check(case.outer, case.inner, case.x, case.y, directions=2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_finite_differences_where_f_does_not_depend_on_y_there():
+    x, y = torch.tensor([1.0, 2.0]), torch.full((2,), 1e4)
+    h = bilevel.hypergradient(
+        lambda x, y: (x**2).sum() + ((y - 1e4) ** 2).sum(),
+        lambda x, y: ((y - x) ** 2).sum(),
+        *(x, y),
+        method=FiniteDifference(),
+    )
+    assert torch.equal(h.grad, 2 * x)
+
+
+def test_unrolling_where_g_has_no_curvature():
+    x, y = t([1.0, 2.0]), t([0.5, -1.0])
+    h = bilevel.hypergradient(
+        lambda x, y: (x @ y) ** 2, lambda x, y: 0.0 * (x @ y), x, y, method=Unrolled()
+    )
+    assert relative(h.grad, 2 * (x @ y) * y) < 1e-15
+
+
+def test_a_check_leaves_the_generators_alone_whatever_draws():
+    case = ridge(6, seed=4)
+    state = torch.get_rng_state()
+    drawing = Implicit(bilevel.StochasticNeumann(form="random"))
+    bilevel.check(case.outer, case.inner, case.x, case.y, methods=[drawing], directions=2)
     assert torch.equal(state, torch.get_rng_state())

@@ -87,3 +87,37 @@ def test_the_solver_is_that_given():
     )  # fmt: skip
     assert relative(x.grad, flat(h.grad)) < 1e-12
     assert relative(x.grad, case.exact) > 1e-2
+
+
+def test_attention_in_the_inner_loss():
+    """Whose fused kernels have no second derivative."""
+    k = torch.randn(1, 1, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def inner(x, y):
+        mixed = torch.nn.functional.scaled_dot_product_attention(k, k, k)
+        return ((y - x * mixed) ** 2).sum() + torch.nn.functional.scaled_dot_product_attention(
+            0.01 * y, 0.01 * y, 0.01 * y
+        ).square().sum()
+
+    def argmin(x):
+        y = torch.zeros_like(k).requires_grad_()
+        optimizer = torch.optim.LBFGS([y], max_iter=200, tolerance_grad=1e-13, tolerance_change=0)
+
+        def closure():
+            optimizer.zero_grad()
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                value = inner(x.detach(), y)
+                value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        return y.detach()
+
+    def F(x):
+        return (bilevel.implicit(inner, argmin, SOLVER)(x) ** 2).sum()
+
+    x = t(1.5).requires_grad_()
+    F(x).backward()
+    numeric = (F(t(1.5 + 1e-4)) - F(t(1.5 - 1e-4))) / 2e-4
+    assert relative(x.grad, numeric) < 1e-6

@@ -568,3 +568,18 @@ def test_settings_that_cannot_be(make, words):
 def test_settings_of_another_kind(terms):
     with pytest.raises(TypeError, match=f"terms={terms}.*whole number"):
         Neumann(terms=terms)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_right_side_that_is_not_finite_has_no_solution(number):
+    system = System([1.0, 2.0, 3.0])
+    b = t([1.0, number, 0.0])
+    for q0 in (None, t([1.0, 1.0, 1.0])):
+        assert not ConjugateGradient()(system.product, b, q0).isfinite().all()
+
+
+def test_nystrom_in_half_precision():
+    system = System([1.0, 2.0, 3.0, 4.0])
+    H, b = system.tH.bfloat16(), t(system.b).bfloat16()
+    q = Nystrom()(lambda u, j=0: H @ u, b)
+    assert q.dtype == torch.bfloat16 and relative(q.double(), system.q) < 0.1

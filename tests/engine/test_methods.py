@@ -810,3 +810,83 @@ def test_first_steps_leave_no_trace(direction):
         ends.append(torch.cat([*result.state.vectors, result.x, result.y]))
     assert all(torch.equal(end, ends[0]) for end in ends)
     assert (ends[0][:4] != 0).all()
+
+
+@pytest.mark.parametrize("method", ["bisls-adam", "bisls-sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_solution_at_infinity_is_not_left_again(method, dtype):
+    """Labels of pure noise: the best penalty has no end, and where F is flat x stays near."""
+    g = torch.Generator().manual_seed(1)
+    A, B, a, b = (
+        torch.randn(*n, generator=g).to(dtype) for n in ((40, 10), (200, 10), (40,), (200,))
+    )
+    seen = []
+    bilevel.solve(
+        lambda x, y: ((B @ y - b) ** 2).mean(),
+        lambda x, y: ((A @ y - a) ** 2).mean() + x.exp() * (y**2).sum(),
+        *(torch.tensor(0.0, dtype=dtype), torch.zeros(10, dtype=dtype)),
+        method=method,
+        steps=100,
+        callback=lambda state, record: seen.append(float(state.vectors[0])),
+    )
+    F = [  # in closed form
+        float(((B.double() @ y - b) ** 2).mean())
+        for x in seen
+        for y in [
+            torch.linalg.solve(
+                A.double().T @ A.double() / 40 + math.exp(x) * torch.eye(10),
+                A.double().T @ a.double() / 40,
+            )
+        ]
+    ]
+    assert F[-1] < (b.double() ** 2).mean() * (1 + 1e-5) and max(F[30:]) < 1.001 * F[-1]
+
+
+@pytest.mark.parametrize("target", [-3.0, -1.25, 0.5, 2.25])
+def test_bisps_stays_where_it_has_converged(target):
+    result = bilevel.solve(
+        lambda x, y: (y - target) ** 2 / 2 + x**2 / 20,
+        lambda x, y: (y - x) ** 2 / 2 + 1,
+        *(t(0.0), t(0.0)),
+        method="bisps",
+        steps=100,
+    )
+    assert float(result.x) == pytest.approx(target / 1.1, abs=1e-2)
+
+
+@pytest.mark.parametrize("method", ["bisls-adam", "bisls-sgd", "bisps", "adam", "sgd"])
+def test_a_derivative_that_is_not_finite_is_told(method):
+    result = bilevel.solve(
+        lambda x, y: ((y - 0.3) ** 2).sum() + (y - y.detach()).square().sum().sqrt(),  # 0/0
+        lambda x, y: ((y - 1) ** 2).sum() + (x.exp() * y**2).sum(),
+        *(torch.zeros(3), torch.zeros(3)),
+        method=method,
+        tol=1e-6,
+    )
+    assert result.reason == "stopped at iteration 0: the norm of the hypergradient is nan"
+
+
+def test_an_inner_loss_that_overflows_is_told_as_it_is():
+    result = bilevel.solve(
+        lambda x, y: y**2,
+        lambda x, y: torch.where(y > 0.5, math.inf, (y - x) ** 2),
+        *(t(0.4), t(0.3)),
+        method=bilevel.fixed("sgd", 0.1, 10.0),
+        inner_steps=3,
+    )
+    assert result.reason.endswith("the inner loss is inf")
+
+
+def test_refining_needs_steps_of_ones_own():
+    with pytest.raises(ValueError, match="response='refine' with inner_solver"):
+        bilevel.bisls(response="refine", inner_solver=lambda x, y, batches: x)
+
+
+def test_autocast_belongs_inside_the_losses():
+    def inner(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ((y - x) ** 2).sum().float()
+
+    bilevel.solve(inner, inner, torch.ones(2), torch.zeros(2), steps=2)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="inside the loss"):
+        bilevel.solve(inner, inner, torch.ones(2), torch.zeros(2), steps=2)

@@ -385,6 +385,14 @@ def test_at_the_solution_no_trial_is_as_far_as_rounding_would_let_it():
     assert Armijo()(line, 3, 0.5) == (0.5, 0.5, 2, False, 0.0)
 
 
+def test_where_phi_extrapolates_no_trial_is_far():
+    """A straight phi falls without end; of a tangent that says nothing of far away."""
+    for extrapolates, step in ((False, 8 * 8 * 2.0**-52 / 1e-18), (True, 0.5)):
+        line = Line(t(1.0), t(-1e-18), lambda s: t(1.0 - 1e-18 * s), extrapolates=extrapolates)
+        move = Armijo()(line, 3, 0.5)
+        assert move.size == move.last == pytest.approx(step) and move.trials == 1
+
+
 # -- directions -----------------------------------------------------------------------------------
 
 

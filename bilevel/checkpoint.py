@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
-import tempfile
+import secrets
+import shutil
 import warnings
 from dataclasses import asdict, replace
+from itertools import zip_longest
+from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from bilevel.average import Average
 from bilevel.distributed import Ranks
+from bilevel.inner_solver import kind_of, refuse_other
+from bilevel.layout import Layout
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
@@ -22,7 +27,7 @@ from bilevel.record import Record
 from bilevel.rules import Moments
 
 if TYPE_CHECKING:
-    from bilevel.method import State
+    from bilevel.method import Method, State
 
 VERSION = 6
 
@@ -34,19 +39,34 @@ def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = Fal
     ``keep``: an old file becomes ``<path>.old``.
     """
     path = Path(path)
-    handle, name = _temporary(path)
+    file, name = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             torch.save({"version": VERSION, **content}, file)
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            os.replace(path, f"{path}.old")
+            _keep(path)
         os.replace(name, path)
     except (OSError, RuntimeError) as error:  # torch's own, where a write falls short
         raise _unwritten(path, error, "make room for it") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
+
+
+def _keep(path: Path) -> None:
+    """Make the file ``<path>.old`` as well; at every moment it is still there at ``path``."""
+    file, name = _temporary(path)
+    file.close()
+    try:
+        name.unlink()
+        try:
+            os.link(path, name)
+        except (OSError, NotImplementedError):  # not every file system has links
+            shutil.copyfile(path, name)
+        os.replace(name, f"{path}.old")
+    finally:
+        name.unlink(missing_ok=True)
 
 
 def _unwritten(path: Path, error: Exception, instead: str) -> OSError:
@@ -56,11 +76,13 @@ def _unwritten(path: Path, error: Exception, instead: str) -> OSError:
     )
 
 
-def _temporary(path: Path) -> tuple[int, str]:
-    """A new file beside ``path``."""
+def _temporary(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file beside ``path``, open, and its name. Those of tempfile are for the user alone,
+    but a checkpoint is to have the rights of any other file."""
+    name = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+        return open(name, "xb"), name
     except OSError as error:
         raise _unwritten(path, error, "choose a folder that can be written") from error
 
@@ -98,12 +120,15 @@ class Saver:
 
     Args:
         path: of the file; None: nothing is kept.
+        method: that takes the iterations.
         source: of the batches, with ``state_dict`` and ``load_state_dict``.
         ranks: on whose device the generators are saved beside those of the CPU.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, source: Any, ranks: Ranks):
-        self.path, self.source, self.ranks = path, source, ranks
+    def __init__(
+        self, path: str | os.PathLike[str] | None, method: Method, source: Any, ranks: Ranks
+    ) -> None:
+        self.path, self.method, self.source, self.ranks = path, method, source, ranks
         self.device = ranks.device
         self._noted: tuple[State, list[Record], int, Any, Any] | None = None
         self._vectors: tuple[torch.Tensor, ...] = ()
@@ -118,9 +143,9 @@ class Saver:
         def attempt() -> None:
             if self.path is not None:
                 path = Path(self.path)
-                handle, name = _temporary(path)
-                os.close(handle)
-                os.unlink(name)
+                file, name = _temporary(path)
+                file.close()
+                name.unlink()
                 for left in path.parent.glob(f"{glob.escape(path.name)}.{'?' * 8}.tmp"):
                     left.unlink(missing_ok=True)  # of a run that was killed while it wrote
 
@@ -141,7 +166,7 @@ class Saver:
 
             def put() -> None:
                 assert self.path is not None
-                content = pack(state, history[:count]) | parts[0]
+                content = pack(self.method, state, history[:count]) | parts[0]
                 if len(parts) > 1:
                     content["others"] = parts[1:]
                 save(self.path, content, keep=not self._continues)  # the checkpoint of another run
@@ -158,7 +183,7 @@ class Saver:
         path = self.path
         saved = self.ranks.first(lambda: load(path))
         self._continues = True
-        state, history = unpack(saved, state)
+        state, history = unpack(saved, self.method, state)
         parts = [saved, *saved.get("others", [])]
         mine = parts[self.ranks.rank % len(parts)]
         self.source.load_state_dict(mine["source"])
@@ -166,11 +191,14 @@ class Saver:
         return state, history
 
 
-def pack(state: State, history: list[Record]) -> dict[str, Any]:
+def pack(method: Method, state: State, history: list[Record]) -> dict[str, Any]:
     """State and history as plain data."""
-    return {
+    content = {
+        "method": method.name,
+        "inner_solver": kind_of(method.inner_solver, state.solver),
         "vectors": list(state.vectors),
         "paths": [layout.paths for layout in state.layouts],
+        "shapes": [list(map(list, layout.shapes)) for layout in state.layouts],
         "k": state.k,
         "last": [state.outer_last, state.inner_last],
         "moments": list(state.moments),
@@ -185,19 +213,57 @@ def pack(state: State, history: list[Record]) -> dict[str, Any]:
         "learned": list(state.learned),
         "history": [record.asdict() for record in history],
     }
+    return _plain(content)
 
 
-def unpack(content: dict[str, Any], state: State) -> tuple[State, list[Record]]:
-    """The saved state on the device of ``state``, which was made from the same x and y."""
-    for layout, paths, saved in zip(
-        state.layouts, content["paths"], content["vectors"], strict=True
-    ):
-        if layout.paths != paths or layout.size != saved.numel() or layout.dtype != saved.dtype:
-            raise ValueError(
-                f"the checkpoint holds {layout.name} with {saved.numel()} numbers of {saved.dtype} "
-                f"({', '.join(paths)}), but {layout.name} now has {layout.size} of {layout.dtype}; "
-                f"resume with the variables of the interrupted run."
-            )
+def _plain(value: Any) -> Any:
+    """With Python's own numbers for NumPy's, which are no plain data."""
+    if type(value) is dict:  # a scheduler's Counter stays one
+        return {key: _plain(part) for key, part in value.items()}
+    if type(value) is list:
+        return [_plain(part) for part in value]
+    own = type(value).__module__ != "numpy" or not isinstance(value, Number)
+    return value if own else value.item()
+
+
+def _refuse_other(layout: Layout, paths: list[str], shapes: Any, saved: torch.Tensor) -> None:
+    """Refuse a variable of another structure, naming the first leaf that is not the same."""
+    same = layout.paths == paths and layout.dtype == saved.dtype and layout.size == saved.numel()
+    now = list(map(list, layout.shapes))
+    if same and now == (shapes or now):  # files did not always hold the shapes
+        return
+    held = [f"{p} {tuple(s)}" for p, s in zip(paths, shapes, strict=True)] if shapes else paths
+    here = [f"{p} {tuple(s)}" for p, s in zip(layout.paths, now, strict=True)]
+    if not shapes:
+        here = layout.paths
+    pairs = zip_longest(held, here, fillvalue="nothing")
+    differ = next((f": {a} is now {b}" for a, b in pairs if a != b), "")
+    raise ValueError(
+        f"the checkpoint holds {layout.name} with {saved.numel()} numbers of {saved.dtype}, but "
+        f"{layout.name} now has {layout.size} of {layout.dtype}{differ}; resume with the variables "
+        f"of the interrupted run."
+    )
+
+
+def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State, list[Record]]:
+    """The saved state on the device of ``state``, which was made from the same x and y.
+
+    Raises:
+        ValueError: they are others, or another method goes on.
+    """
+    shapes = content.get("shapes", [None, None])
+    held = zip(content["paths"], shapes, content["vectors"], strict=True)
+    for layout, parts in zip(state.layouts, held, strict=True):
+        _refuse_other(layout, *parts)
+    name = content.get("method", method.name)
+    if name != method.name:
+        raise ValueError(
+            f"the checkpoint was written by the method {name!r}, but {method.name!r} would go on "
+            f"from it; resume with the method of the interrupted run, or start a new run at its x "
+            f"and y."
+        )
+    solver = content["solver"]
+    refuse_other(method.inner_solver, state.layouts[1], content.get("inner_solver"), solver)
     device = state.vectors[0].device
 
     def here(t: Any) -> Any:

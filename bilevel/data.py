@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.require import shown
@@ -22,14 +23,15 @@ class Cycle:
     that a shuffling DataLoader goes on with the same order; where a batch was looked at ahead of
     its turn, the position before it. Data that has ``state_dict`` and
     ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
-    ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew.
+    ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew; so
+    is a batch sampler, and the sampler in it.
 
     Attributes:
         length: how many batches a pass has; ``UNKNOWN`` where the data does not tell.
         different: how many can be different ones; ``UNKNOWN`` where each pass has its own.
 
     Raises:
-        TypeError: the data cannot be iterated over, or only once.
+        TypeError: the data cannot be iterated over, or only once, or gives rows.
         ValueError: it is empty.
     """
 
@@ -48,6 +50,13 @@ class Cycle:
             raise TypeError(
                 f"{name} is a {type(data).__name__}, which can be iterated over only once, but is "
                 f"needed again and again; pass a DataLoader, or list({name})."
+            )
+        # a Dataset of episodes is (outer_batch, inner_batch) pairs
+        if isinstance(data, Dataset) and not hasattr(data, "__iter__") and name != "data":
+            raise TypeError(
+                f"{name} is a {type(data).__name__}, a dataset of single rows rather than a series "
+                f"of batches; pass DataLoader(dataset, batch_size=...), with batch_size=None if "
+                f"its items are batches already."
             )
         self.data, self.name = data, name
         self._iterator: Iterator[Any] | None = None
@@ -111,18 +120,23 @@ class Cycle:
         return [self.next() for _ in range(count)]
 
     def _begin(self) -> None:
-        sampler = getattr(self.data, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self._passes)
+        for sampler in self._samplers():
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(self._passes)
         self._passes += 1
         self._start = self._generators()
         self._iterator = iter(self.data)
         self._position = 0
 
+    def _samplers(self) -> list[Any]:
+        """A DataLoader's sampler and batch sampler, and the sampler in that, each once."""
+        batches = getattr(self.data, "batch_sampler", None)
+        found = [getattr(self.data, "sampler", None), batches, getattr(batches, "sampler", None)]
+        return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
+
     def _own(self) -> list[torch.Generator]:
-        """Generators that the data itself carries: a DataLoader's and its sampler's."""
-        holders = (self.data, getattr(self.data, "sampler", None))
-        found = [getattr(holder, "generator", None) for holder in holders]
+        """Generators that the data itself carries: a DataLoader's and its samplers'."""
+        found = [getattr(holder, "generator", None) for holder in (self.data, *self._samplers())]
         return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
     def _generators(self) -> dict[str, Any]:
@@ -134,7 +148,13 @@ class Cycle:
     def _restore(self, states: dict[str, Any]) -> None:
         if states:
             restore_generators(states["global"], CPU)
-            for generator, state in zip(self._own(), states["own"], strict=True):
+            own, saved = self._own(), states["own"]
+            if len(own) != len(saved):
+                raise ValueError(
+                    f"{self.name} has {len(own)} torch.Generator of its own, but the checkpoint "
+                    f"holds {len(saved)}; resume with the data of the interrupted run."
+                )
+            for generator, state in zip(own, saved, strict=True):
                 generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.layout import Layout
 from bilevel.problem import Draw, Oracle
 from bilevel.require import shown
+
+OWN = "gradient steps"  # and no solver of the user's
 
 
 class OptimizerSolver:
     """A torch optimizer that takes the inner steps."""
 
-    def __init__(self, factory: Callable[..., Any], oracle: Oracle) -> None:
-        layout = oracle.y
+    def __init__(self, factory: Callable[..., Any], layout: Layout) -> None:
         if layout.module is not None:
             self.parameters = [p for p in layout.module.parameters() if p.requires_grad]
         else:
@@ -61,9 +63,16 @@ class OptimizerSolver:
             p.grad = g.clone()
         return value
 
+    @property
+    def kind(self) -> str:
+        """In words."""
+        parts = [self.optimizer] if self.scheduler is None else [self.optimizer, self.scheduler]
+        return "the optimizer " + " with ".join(type(part).__name__ for part in parts)
+
     def state_dict(self) -> dict[str, Any]:
         schedule = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule}
+        optimizer = self.optimizer.state_dict()
+        return {"kind": self.kind, "optimizer": optimizer, "scheduler": schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
@@ -90,6 +99,50 @@ def makes_optimizer(solver: Callable[..., Any]) -> bool:
     return len(required) == 1
 
 
+def kind_of(solver: Callable[..., Any] | None, state: dict[str, Any] | None) -> str | None:
+    """What takes the inner steps, in words; None for an optimizer that has not taken any."""
+    if solver is None:
+        return OWN
+    if makes_optimizer(solver):
+        return None if state is None else state.get("kind")
+    return "a function solver(x, y, batches)"
+
+
+def refuse_other(
+    solver: Callable[..., Any] | None,
+    layout: Layout,
+    kind: str | None,
+    state: dict[str, Any] | None,
+) -> None:
+    """Refuse to go on from what a solver of another kind left.
+
+    Args:
+        layout: of y.   kind: as :func:`kind_of` told of it; None: unknown.   state: of it.
+
+    Raises:
+        ValueError: they differ, or the optimizer does not take the state.
+    """
+    made = None
+    if solver is not None and makes_optimizer(solver) and (kind or state):
+        made = OptimizerSolver(solver, layout)
+    now = kind_of(solver, None) if made is None else made.kind
+    if kind is not None and now is not None and kind != now:
+        raise ValueError(
+            f"the inner steps of the checkpoint were taken by {kind}, but would now be taken by "
+            f"{now}; resume with the inner_solver of the interrupted run."
+        )
+    if made is None or state is None:
+        return
+    try:
+        made.load_state_dict(copy.deepcopy(state))
+    except Exception as error:
+        raise ValueError(
+            f"the optimizer made by inner_solver cannot go on from the checkpoint "
+            f"({type(error).__name__}: {error}); resume with the inner_solver of the interrupted "
+            f"run."
+        ) from error
+
+
 def run_solver(
     solver: Callable[..., Any],
     oracle: Oracle,
@@ -100,7 +153,7 @@ def run_solver(
 ) -> tuple[Tensor, dict[str, Any] | None]:
     """y after the user's solver, and the solver's new state; the old one is not modified."""
     if makes_optimizer(solver):
-        made = OptimizerSolver(solver, oracle)
+        made = OptimizerSolver(solver, oracle.y)
         if state is not None:
             made.load_state_dict(copy.deepcopy(state))  # an optimizer steps its state in place
         return made.run(oracle, x, y, draws), made.state_dict()

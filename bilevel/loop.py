@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
@@ -65,15 +66,16 @@ def solve(
         data: instead of the two, an iterable of (outer_batch, inner_batch) pairs, one per outer
             iteration, for episodic problems.
         steps: outer iterations, >= 0. inner_steps: inner steps in each, >= 1.
-        warm_start: False: y starts afresh from the given y in every outer iteration, and what the
-            inner steps leave is not corrected.
+        warm_start: False: y, and an optimizer that is the ``inner_solver``, start afresh from the
+            given y in every outer iteration, and what the inner steps leave is not corrected.
         project: to the feasible set of x, applied to every trial (a Module: dict of parameters).
         tol: stop when the norm of the hypergradient is at most this.
         callback: called with (state, record) after every iteration; True stops.
         progress: a bar on stderr; None: where that is a terminal.
         checkpoint: path of a file that is rewritten, atomically, every ``checkpoint_every``
             iterations and at the end; with ``resume``, a run goes on from it if it exists, to the
-            same result bit for bit; without, an old file is kept as ``<path>.old``.
+            same result bit for bit; without, an old file is kept as ``<path>.old``. A run that
+            ended by ``tol`` has ended; one that a callback stopped goes on.
         compile: take whole iterations in a graph of torch.compile, several to a call: for long
             runs of small problems, since compiling takes a minute. See docs/speed.md; falls
             back, with a warning.
@@ -114,14 +116,18 @@ def solve(
         ("checkpoint_every", checkpoint_every, 1),
     ):
         require.whole("", name, count, least)
+    # plain numbers, of NumPy's, for the words and the file
+    steps, inner_steps, checkpoint_every = map(index, (steps, inner_steps, checkpoint_every))
     for name, value in (("warm_start", warm_start), ("resume", resume)):
         require.flag("", name, value)
     if progress is not None:
         require.flag("", "progress", progress)
     if tol is not None:
         require.number("", "tol", tol, "[0, inf)", ", or None to take all steps")
+        tol = float(tol)
     if seed is not None:
         require.whole("", "seed", seed, least=None)
+        seed = index(seed)
     if callback is not None:
         require.function("", "callback", callback, "a function(state, record)", 2)
     if checkpoint is not None:
@@ -148,7 +154,7 @@ def solve(
     state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
 
-    saver = files.Saver(checkpoint, source, ranks)
+    saver = files.Saver(checkpoint, method, source, ranks)
     history: list[Record] = []
     if resume and saver.exists():
         state, history = saver.restore(state)
@@ -170,26 +176,34 @@ def solve(
             singly=callback is not None,
         )
     reason = f"all {steps} steps were taken"
+    if state.k > steps:
+        reason = (
+            f"no step was taken: the checkpoint already has {state.k} iterations, and steps = "
+            f"{steps} counts those as well"
+        )
+    ended = _reached(tol, history)  # by the run that is resumed
+    reason = ended or reason
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
         if state.k == 0 and steps > 0:
             batches = ranks.read(partial(source.next, *method.wanted(state)))
             feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
             state = replace(state, vectors=(feasible, start), cost=oracle.cost)
-        while state.k < steps:
+        while state.k < steps and not ended:
+            begin, good = state, (state.vectors, state.solver)
             if not warm_start:
-                state = replace(state, vectors=(state.vectors[0], start))
+                begin = replace(state, vectors=(state.vectors[0], start), solver=None)
             try:
                 if batches is None:
                     batches = ranks.read(partial(source.next, *method.wanted(state)))
                 if chunks is None:
-                    state, record = method.step(problem, state, *batches)
+                    state, record = method.step(problem, begin, *batches)
                     records = [record]
                 else:
                     limit = steps - state.k
                     if checkpoint is not None:
                         limit = min(limit, checkpoint_every - state.k % checkpoint_every)
-                    state, records = chunks(state, batches, limit)
+                    state, records = chunks(begin, batches, limit)
             except Exception as error:
                 if not history or (ranks.size > 1 and not is_agreed(error)):
                     raise  # the other ranks wait elsewhere, and end when this one does
@@ -201,6 +215,9 @@ def solve(
                 break
             batches, record = None, records[-1]  # the one that may end the run
             history += records
+            if len(records) == 1 and record.failure is not None and state.failures == 0:
+                # the state is that at its beginning, where y may be the start
+                state = replace(state, vectors=good[0], solver=good[1])
             saver.note(state, history)
             bar.update(record)
             if record.failure is not None and (
@@ -216,10 +233,8 @@ def solve(
             if callback is not None and _stops(ranks, callback, state, record):
                 reason = f"the callback stopped the run at iteration {record.k}"
                 break
-            if tol is not None and record.failure is None and record.hypergrad_norm <= tol:
-                reason = (
-                    f"the hypergradient's norm {record.hypergrad_norm:.3g} is at most tol = {tol:g}"
-                )
+            if ended := _reached(tol, history):
+                reason = ended
                 break
             if state.k % checkpoint_every == 0:
                 saver.write()
@@ -231,6 +246,16 @@ def solve(
         bar.close()
     saver.write()
     return Result(state.x, state.y, reason, history, state)
+
+
+def _reached(tol: float | None, history: list[Record]) -> str | None:
+    """Why a run ends after the last of these iterations, if it is tol that ends it."""
+    if tol is None or not history or history[-1].failure is not None:
+        return None
+    norm = history[-1].hypergrad_norm
+    if not norm <= tol:
+        return None
+    return f"the hypergradient's norm {norm:.3g} is at most tol = {tol:g}"
 
 
 def _stops(

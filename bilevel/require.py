@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 import os
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 E = TypeVar("E", bound=Exception)
@@ -56,16 +59,20 @@ def _wrong_kind(owner: str, name: str, value: Any, wanted: str) -> TypeError:
 def whole(owner: str, name: str, value: Any, least: int | None = 1, hint: str = "") -> None:
     """A whole number of at least ``least``, and of 64 bits at most; no bool."""
     wanted = "a whole number" + ("" if least is None else f" of at least {least}") + hint
-    if not isinstance(value, int) or isinstance(value, bool):
+    # an array or a tensor of one number has __index__ too, and a NumPy integer a dtype
+    counts = hasattr(value, "__index__") and not isinstance(value, type | bool)
+    if not counts or (hasattr(value, "dtype") and not isinstance(value, Integral)):
         raise _wrong_kind(owner, name, value, wanted)
-    if not (-(2**63) if least is None else least) <= value < 2**63:
+    if not (-(2**63) if least is None else least) <= operator.index(value) < 2**63:
         raise ValueError(f"{_said(owner, name, value)} is out of range. Give {wanted}.")
 
 
 def number(owner: str, name: str, value: Any, interval: str = "(0, inf)", hint: str = "") -> None:
     """A real number in ``interval``, such as "(0, 1]"; NaN lies in none; no bool."""
     wanted = WORDS.get(interval, f"a number in {interval}") + hint
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    # a fraction cannot be multiplied with a tensor
+    real = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+    if not real:
         raise _wrong_kind(owner, name, value, wanted)
     low, high = map(float, interval[1:-1].split(", "))
     above = low < value or (interval[0] == "[" and low == value)

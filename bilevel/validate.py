@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bilevel.layout import Layout
 from bilevel.problem import Draw, Oracle
 from bilevel.require import is_told, shown
 
@@ -28,7 +29,16 @@ def describe(value: Any) -> str:
     return type(value).__name__ if isinstance(value, nn.Module) else shown(value)
 
 
-def _enriched(oracle: Oracle, what: str, batch: str, call: Callable[[], T]) -> T:
+def _variable(layout: Layout, tree: bool = False) -> str:
+    """x or y in words; ``tree``: a Module as the dict of its parameters."""
+    if layout.module is not None and not tree:
+        return f"{layout.name} = {type(layout.module).__name__}"
+    leaves = zip(layout.paths, layout.shapes, layout.dtypes, strict=True)
+    parts = (f"{p} {tuple(s)} {str(d).removeprefix('torch.')}" for p, s, d in leaves)
+    return f"{layout.name} = {', '.join(parts)}"
+
+
+def _enriched(what: str, given: Sequence[str], call: Callable[[], T]) -> T:
     """``call()``, whose exceptions come back with what ``what``, a loss, was given."""
     try:
         return call()
@@ -37,27 +47,22 @@ def _enriched(oracle: Oracle, what: str, batch: str, call: Callable[[], T]) -> T
     except Exception as error:
         if is_told(error):
             raise
-        given = [
-            f"{layout.name} = "
-            + (
-                type(layout.module).__name__
-                if layout.module is not None
-                else ", ".join(
-                    f"{p} {tuple(s)} {str(d).removeprefix('torch.')}"
-                    for p, s, d in zip(layout.paths, layout.shapes, layout.dtypes, strict=True)
-                )
-            )
-            for layout in (oracle.x, oracle.y)
-        ]
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
             f"{what} raised {type(error).__name__}: {error} -- it was called with "
-            f"{'; '.join([*given, batch])}. Check the shapes, types and devices that it expects."
+            f"{'; '.join(given)}. Check the shapes, types and devices that it expects."
         ) from error
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether the numbers are the same, of which NaN is one."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def _refuse_statistics(
-    oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, batch: str
+    oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, given: Sequence[str]
 ) -> None:
     """Buffers that a loss changes would change at every trial of a line search."""
     held = {
@@ -71,11 +76,11 @@ def _refuse_statistics(
     before = {name: buffer.clone() for name, buffer in held.items()}
     changed = []
     try:
-        _enriched(oracle, f"the {level} loss", batch, lambda: oracle.value(level, x, y, draw))
+        _enriched(f"the {level} loss", given, lambda: oracle.value(level, x, y, draw))
     finally:
         with torch.no_grad():
             for name, buffer in held.items():
-                if not torch.equal(buffer, before[name]):
+                if not _same(buffer, before[name]):
                     changed.append(name)
                     buffer.copy_(before[name])
     if changed:
@@ -110,7 +115,13 @@ def validated(
             )
     if oracle.problem.project is not None:
         free = x
-        x = _enriched(oracle, "project", "x alone", lambda: oracle.project(free))
+        alone = [f"{_variable(oracle.x, tree=True)}, and nothing else"]
+        x = _enriched("project", alone, lambda: oracle.project(free))
+        if not x.isfinite().all():
+            raise ValueError(
+                "project(x) holds numbers that are not finite (NaN or inf), though the x that it "
+                "was given is finite; return a feasible x of finite numbers."
+            )
     shared = set(map(id, _parameters(oracle.x.module))) & set(map(id, _parameters(oracle.y.module)))
     if shared:
         raise ValueError(
@@ -122,9 +133,10 @@ def validated(
         said = f"batch = {describe(batch)}"
         if batch is None:
             said = f"no batch, since {given.format(level)} is None"
-        _refuse_statistics(oracle, level, x, y, draw, said)
+        called = [_variable(oracle.x), _variable(oracle.y), said]
+        _refuse_statistics(oracle, level, x, y, draw, called)
         look = partial(oracle.dependence, level, x, y, draw)
-        value, depends = _enriched(oracle, f"the {level} loss", said, look)
+        value, depends = _enriched(f"the {level} loss", called, look)
         if not torch.isfinite(value):
             raise ValueError(
                 f"the {level} loss is {float(value)} at the start; choose a start (or a batch) "

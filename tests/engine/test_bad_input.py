@@ -1,11 +1,13 @@
 """Misuse is told at once: what was asked, why it cannot be, what to do instead."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import bilevel
 from tests.tables import t
@@ -38,6 +40,7 @@ def never(*args):
     raise AssertionError("work was begun")
 
 
+ROWS = TensorDataset(torch.ones(6, 2), torch.ones(6))
 LOADER = DataLoader(TensorDataset(torch.ones(2, 1)), batch_size=4, drop_last=True)
 
 # name: (call, kind of error, words that must be in its message)
@@ -182,7 +185,7 @@ CASES = {
     "data for a loss that takes none": (
         lambda: solve(outer_data=[t(1.0)]),
         TypeError,
-        ["outer_data was given", "takes no batch", "outer(x, y, batch)"],
+        ["outer loss was given a batch", "takes none", "outer(x, y, batch)"],
     ),
     "empty list": (
         lambda: solve(outer=fb, outer_data=[]),
@@ -203,6 +206,16 @@ CASES = {
         lambda: solve(inner=gb, inner_data=torch.ones(3)),
         TypeError,
         ["inner_data is a Tensor", "one batch", "[batch]"],
+    ),
+    "a dataset of rows": (
+        lambda: solve(outer=never, inner=gb, inner_data=ROWS),
+        TypeError,
+        ["inner_data is a TensorDataset", "single rows", "DataLoader(dataset, batch_size=...)"],
+    ),
+    "a part of a dataset": (
+        lambda: solve(outer=fb, outer_data=Subset(ROWS, [0, 1])),
+        TypeError,
+        ["outer_data is a Subset", "single rows", "batch_size=None"],
     ),
     "not iterable": (
         lambda: solve(inner=gb, inner_data=3),
@@ -263,6 +276,46 @@ CASES = {
         lambda: solve(outer=never, inner_steps=True),
         TypeError,
         ["inner_steps"],
+    ),
+    "steps a bool of NumPy": (
+        lambda: solve(outer=never, steps=np.bool_(True)),
+        TypeError,
+        ["steps=", "whole number"],
+    ),
+    "steps a float of NumPy": (
+        lambda: solve(outer=never, steps=np.float64(3)),
+        TypeError,
+        ["steps=", "float64", "whole number"],
+    ),
+    "steps an array": (
+        lambda: solve(outer=never, steps=np.array(3)),
+        TypeError,
+        ["steps=", "ndarray", "whole number"],
+    ),
+    "steps a tensor": (
+        lambda: solve(outer=never, steps=torch.tensor(3)),
+        TypeError,
+        ["steps=tensor(3)", "Tensor", "whole number"],
+    ),
+    "too few steps, of NumPy": (
+        lambda: solve(outer=never, steps=np.int64(-3)),
+        ValueError,
+        ["steps=", "-3", "at least 0"],
+    ),
+    "tol a fraction": (
+        lambda: solve(outer=never, tol=Fraction(1, 3)),
+        TypeError,
+        ["tol=Fraction(1, 3)", "finite number"],
+    ),
+    "tol a bool of NumPy": (
+        lambda: solve(outer=never, tol=np.bool_(True)),
+        TypeError,
+        ["tol=", "finite number"],
+    ),
+    "tol NaN of NumPy": (
+        lambda: solve(outer=never, tol=np.float32("nan")),
+        ValueError,
+        ["tol=", "nan"],
     ),
     "checkpoint_every zero": (
         lambda: solve(outer=never, checkpoint_every=0),
@@ -325,6 +378,64 @@ def test_shared_parameters():
     a = torch.ones(3, 2)
     with pytest.raises(ValueError, match="x and y share 2 parameters.*copy the Module"):
         solve(lambda x, y: y(x(a)).sum(), lambda x, y: (y(x(a)) ** 2).sum(), x, y)
+
+
+class Pairs(Dataset):
+    """Episodes: what data= is for."""
+
+    def __getitem__(self, i):
+        if i > 1:
+            raise IndexError
+        return t(1.0 + i), t(1.0)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([t(1.0), t(2.0)])
+
+
+def test_datasets_of_episodes_and_of_batches():
+    solve(fb, gb, data=Pairs())
+    batches = DataLoader(TensorDataset(torch.ones(2, 3)), None)
+    solve(fb, lambda x, y, b: gb(x, y, b[0]), outer_data=Stream(), inner_data=batches)
+
+
+def test_project_of_no_finite_numbers():
+    with pytest.raises(ValueError, match=r"project\(x\) holds numbers that are not finite.*return"):
+        solve(project=lambda x: x * math.nan)
+
+
+def test_project_that_raises():
+    """It is given x, as a tree, and neither y nor a batch."""
+    with pytest.raises(ValueError, match="project raised AttributeError") as caught:
+        solve(project=lambda x: x.foo)
+    assert "called with x = x (2,) float64, and nothing else" in str(caught.value)
+    x = nn.Linear(2, 1).double()
+    with pytest.raises(TypeError, match="project raised TypeError") as caught:
+        solve(lambda x, y: f(x(X), y), lambda x, y: g(x(X), y), x, project=lambda x: x + 1)
+    found = str(caught.value)
+    assert "with x = x['weight'] (1, 2) float64, x['bias'] (1,) float64, and nothing" in found
+    assert "y" not in found.split("called with")[1].split(". Check")[0].replace("nothing", "")
+
+
+class Masked(nn.Module):
+    def __init__(self, changes):
+        super().__init__()
+        self.changes, self.weight = changes, nn.Parameter(X.clone())
+        self.register_buffer("mask", t([1.0, math.nan]))
+
+    def forward(self):
+        if self.changes:
+            self.mask[0] += 1
+        return self.weight
+
+
+def test_a_buffer_that_holds_nan():
+    """It is changed where its other numbers are."""
+    result = solve(lambda x, y: f(x, y()), lambda x, y: g(x, y()), y=Masked(False))
+    assert result.reason == "all 3 steps were taken"
+    with pytest.raises(ValueError, match="outer loss changes the buffers y.mask"):
+        solve(lambda x, y: f(x, y()), lambda x, y: g(x, y()), y=Masked(True))
 
 
 def test_project_of_another_shape():

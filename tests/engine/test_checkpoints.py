@@ -2,17 +2,20 @@
 
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import textwrap
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import bilevel
+from bilevel import checkpoint
 from tests.tables import METHODS, NESTED, flat, t
 
 
@@ -134,6 +137,31 @@ def test_killed_twice_and_extended(tmp_path):
     equal(longer, go("bisls-adam", steps=12))
     # and no more steps change nothing
     equal(go("bisls-adam", checkpoint=path, resume=True, steps=12), longer)
+    fewer = go("bisls-adam", checkpoint=path, resume=True, steps=2)
+    assert torch.equal(fewer.x, longer.x) and len(fewer.history) == 12
+    assert fewer.reason.startswith("no step was taken: the checkpoint already has 12 iterations")
+    assert "steps = 2" in fewer.reason
+
+
+def test_a_run_that_ended_by_tol_has_ended(tmp_path):
+    path = tmp_path / "c"
+    norms = [record.hypergrad_norm for record in go("sgd").history]
+    tol = sorted(norms)[1]
+    ended = go("sgd", checkpoint=path, tol=tol)
+    assert "at most tol" in ended.reason and len(ended.history) < 9
+    for _ in range(2):
+        equal(go("sgd", checkpoint=path, resume=True, tol=tol), ended)
+    equal(go("sgd", checkpoint=path, resume=True), go("sgd"))  # without tol it goes on
+
+
+def test_numbers_of_numpy_are_written_as_plain_ones(tmp_path):
+    method = bilevel.fixed("sgd", np.float32(0.25), np.float64(0.5))
+    path = tmp_path / "c"
+    killed(path, 4, method, tol=np.float32(1e-9), steps=np.int64(9), seed=np.int32(5))
+    again = go(method, checkpoint=path, resume=True)
+    plain = go(bilevel.fixed("sgd", 0.25, 0.5))
+    assert torch.equal(again.x, plain.x) and torch.equal(again.y, plain.y)
+    assert again.reason == plain.reason
 
 
 def sgd_and_schedule(parameters):
@@ -199,6 +227,52 @@ def test_a_process_that_is_killed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]  # no temporary file is left
     torch.set_num_threads(1)
     equal(go("bisls-adam", checkpoint=path, resume=True), go("bisls-adam"))
+
+
+class Batches(BatchSampler):
+    """In an order drawn by a generator of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.generator = torch.Generator().manual_seed(7)
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        order = torch.randperm(len(batches), generator=self.generator)
+        return iter([batches[i] for i in order])
+
+
+@pytest.mark.parametrize("kind", [BatchSampler, Batches])
+def test_the_generators_of_a_batch_sampler_are_resumed(kind, tmp_path):
+    def loaders():
+        found = {}
+        for name, loader in data(False).items():
+            rows = RandomSampler(loader.dataset, generator=torch.Generator().manual_seed(3))
+            batches = kind(rows, loader.batch_size, False)
+            found[name] = DataLoader(loader.dataset, batch_sampler=batches)
+        return found
+
+    path = tmp_path / "c"
+    whole = go("bisls-sgd", **loaders())
+    killed(path, 6, "bisls-sgd", **loaders())
+    equal(go("bisls-sgd", checkpoint=path, resume=True, **loaders()), whole)
+    refused(path, ["outer_data has 0 torch.Generator", "holds", "resume with the data"])
+
+
+@pytest.mark.parametrize("where", ["sampler", "batch_sampler", "the sampler in batch_sampler"])
+def test_every_sampler_is_told_the_number_of_the_pass(where):
+    from bilevel.data import Cycle
+
+    told = []
+    rows = TensorDataset(torch.zeros(4, 1))
+    sampler = RandomSampler(rows)
+    batches = BatchSampler(sampler, 2, False)
+    (batches if where == "batch_sampler" else sampler).set_epoch = told.append
+    options = {"sampler": sampler, "batch_size": 2}
+    if where != "sampler":
+        options = {"batch_sampler": batches}
+    Cycle(DataLoader(rows, **options), "data").take(5)
+    assert told == [0, 1, 2]
 
 
 def test_resume_without_a_file_starts(tmp_path):
@@ -305,26 +379,94 @@ def test_hostile_pickle(written, tmp_path, monkeypatch):
 
 def test_other_variables(written):
     x, y = start()
-    for a, b, name in (
-        (torch.zeros(4, 1).double(), y, "x"),
-        (x, {"w": y}, "y"),
-        (x.float(), y.float(), "x"),
+    for a, b, name, words in (
+        (torch.zeros(4, 1).double(), y, "x", r"x \(3, 1\) is now x \(4, 1\)"),
+        (x.T, y, "x", r"x \(3, 1\) is now x \(1, 3\)"),
+        (x, {"w": y}, "y", r"y \(3, 2\) is now y\['w'\] \(3, 2\)"),
+        (x, [y, y[0]], "y", r"y \(3, 2\) is now y\[0\] \(3, 2\)"),
+        (x.float(), y.float(), "x", "3 of torch.float32"),
     ):
-        with pytest.raises(ValueError, match=f"checkpoint holds {name} with.*resume with"):
+        with pytest.raises(ValueError, match=f"holds {name} with.*{words}.*resume with"):
             bilevel.solve(
                 outer, inner, a, b, **data(False), method="bisls-sgd", checkpoint=written,
                 resume=True,
             )  # fmt: skip
 
 
+def test_another_method(written):
+    refused(
+        written, ["'bisls-sgd'", "'bisls-adam' would go on", "resume with"], method="bisls-adam"
+    )
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, 0.1)
+
+
+def two_groups(parameters):
+    return torch.optim.Adam([{"params": parameters}, {"params": []}], 0.1)
+
+
+def shrink(x, y, batches):
+    return 0.9 * y
+
+
+SOLVERS = {
+    "gradient steps": None,
+    "the optimizer Adam": adam,
+    "the optimizer SGD with StepLR": sgd_and_schedule,
+    "a function solver(x, y, batches)": shrink,
+}
+
+
+@pytest.mark.parametrize("then", SOLVERS)
+def test_another_inner_solver(then, tmp_path):
+    path = tmp_path / "c"
+    killed(path, 4, bilevel.bisls("sgd", inner_solver=SOLVERS[then]))
+    for now in set(SOLVERS) - {then}:
+        method = bilevel.bisls("sgd", inner_solver=SOLVERS[now])
+        refused(
+            path, [f"taken by {then}", f"by {now}", "resume with the inner_solver"], method=method
+        )
+
+
+def test_an_optimizer_of_other_groups(tmp_path):
+    killed(tmp_path / "c", 4, bilevel.bisls("sgd", inner_solver=adam))
+    method = bilevel.bisls("sgd", inner_solver=two_groups)
+    words = ["cannot go on", "parameter groups", "resume with the inner_solver"]
+    refused(tmp_path / "c", words, method=method)
+
+
+@pytest.mark.parametrize("solver", [None, adam])
+def test_files_that_do_not_name_method_solver_and_shapes(solver, tmp_path):
+    path, method = tmp_path / "c", bilevel.bisls("sgd", inner_solver=solver)
+    killed(path, 4, method)
+    content = torch.load(path, weights_only=True)
+    for name in ("method", "inner_solver", "shapes"):
+        del content[name]
+    if solver is not None:
+        del content["solver"]["kind"]
+    torch.save(content, path)
+    x, y = start()
+    with pytest.raises(ValueError, match=r"3 numbers.*x is now x\['w'\]; resume with"):
+        bilevel.solve(
+            outer, inner, {"w": x}, y, **data(False), method=method, checkpoint=path, resume=True
+        )
+    equal(go(method, checkpoint=path, resume=True), go(method))
+
+
 def test_other_data(written):
     x, y = start()
     pairs = list(zip(*data(False).values(), strict=False))
     with pytest.raises(ValueError, match="written with inner_data, outer_data, but data"):
-        bilevel.solve(outer, inner, x, y, data=pairs, checkpoint=written, resume=True)
+        bilevel.solve(
+            outer, inner, x, y, data=pairs, method="bisls-sgd", checkpoint=written, resume=True
+        )
     short = {k: list(v)[:1] + list(v)[:1] for k, v in data(False).items()}
     with pytest.raises(ValueError, match="ended after 2 batches.*resume with"):
-        bilevel.solve(outer, inner, x, y, **short, checkpoint=written, resume=True)
+        bilevel.solve(
+            outer, inner, x, y, **short, method="bisls-sgd", checkpoint=written, resume=True
+        )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -437,3 +579,43 @@ def test_the_file_of_another_run_is_kept(written):
     go("bisls-sgd", checkpoint=written)
     assert written.with_name("c.old").read_bytes() == before
     assert written.read_bytes() != before
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_file_is_there_while_it_is_kept(links, tmp_path, monkeypatch):
+    path, old = tmp_path / "c", tmp_path / "c.old"
+    checkpoint.save(path, {"a": 1})
+    moved, replace = [], os.replace
+
+    def fail(*args):
+        raise OSError("no links here")
+
+    def spy(source, target):
+        if len(moved) == 3:
+            raise OSError("the disk is gone")
+        replace(source, target)
+        moved.append((Path(target).name, checkpoint.load(path)["a"]))
+
+    monkeypatch.setattr(os, "replace", spy)
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
+    checkpoint.save(path, {"a": 2}, keep=True)
+    assert moved == [("c.old", 1), ("c", 2)]
+    with pytest.raises(OSError, match="the disk is gone.*is still there"):
+        checkpoint.save(path, {"a": 3}, keep=True)
+    assert checkpoint.load(path)["a"] == checkpoint.load(old)["a"] == 2
+    monkeypatch.undo()
+    checkpoint.save(path, {"a": 4}, keep=True)  # also where both names are of one file
+    assert (checkpoint.load(path)["a"], checkpoint.load(old)["a"]) == (4, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.old"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_file_has_the_rights_of_any_other(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / "c", {"a": 1})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o666 & ~umask

@@ -209,6 +209,31 @@ def test_a_module_is_left_at_the_last_good_point():
             )
 
 
+@pytest.mark.parametrize("name", ["bisls-adam", "sgd", "momentum"])
+@pytest.mark.parametrize("kind", ["nan", "interrupt", "no memory"])
+def test_a_y_that_starts_afresh_is_kept_as_well(kind, name, tmp_path):
+    """The last good y, rather than the start of the iteration that failed."""
+    method, first, fresh = ALL[name](), Faulty(), {"warm_start": False}
+    reference = run(method, first, **fresh)
+    assert not torch.equal(reference.y, Y)
+    for level in ("outer", "inner"):
+        faulty = Faulty(level, first.calls[level], KINDS[kind])
+        path = tmp_path / level
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            result = run(method, faulty, steps=5, checkpoint=path, **fresh)
+        assert f"at iteration {STEPS}" in result.reason
+        assert torch.equal(result.x, reference.x) and torch.equal(result.y, reference.y)
+        assert repr(result.state.solver) == repr(reference.state.solver)
+        if kind == "nan":
+            state = result.state
+            assert (state.k, state.failures, len(result.history)) == (STEPS + 1, 0, STEPS + 1)
+            assert state.cost.gradients > reference.state.cost.gradients
+        assert torch.equal(
+            torch.load(path, weights_only=True)["vectors"][1], reference.state.vectors[1]
+        )
+
+
 def test_a_failed_iteration_leaves_the_optimizer_as_it_was():
     """Its momentum would otherwise carry the NaN into every step after."""
     method = OWN["momentum"]()

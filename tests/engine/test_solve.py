@@ -6,6 +6,7 @@ import sys
 from collections import Counter, OrderedDict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -358,6 +359,38 @@ def test_tol():
     assert len(result.history) == 6
     assert "at most tol" in result.reason and f"{tol:g}" in result.reason
     assert len(run(steps=3, method="sgd", tol=0.0).history) == 3
+
+
+def test_numbers_of_numpy():
+    plain = run(steps=4, inner_steps=3, seed=2, tol=0.5)
+    for whole, real in ((np.int64, np.float32), (np.uint8, np.float64)):
+        same(run(steps=whole(4), inner_steps=whole(3), seed=whole(2), tol=real(0.5)), plain)
+
+    class Three:
+        def __index__(self):
+            return 3
+
+    assert run(steps=Three()).reason == "all 3 steps were taken"
+
+
+def test_an_optimizer_starts_afresh_with_y():
+    """Its state and its schedule, which here has no more steps than one iteration takes."""
+    seen = []
+
+    def make(parameters):
+        optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=7)
+
+    result = run(
+        method=bilevel.fixed("sgd", 1e-12, inner_solver=make),
+        inner_steps=7,
+        warm_start=False,
+        callback=lambda state, record: seen.append(flat(state.y)) and None,
+    )
+    assert result.reason == "all 4 steps were taken"
+    for y in seen:
+        assert (y - seen[0]).norm() < 1e-6 * seen[0].norm()
+    assert result.state.solver["scheduler"]["last_epoch"] == 7
 
 
 def test_callback():

@@ -24,6 +24,7 @@ from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
+from bilevel.reuse import Habit
 from bilevel.rules import Moments
 
 if TYPE_CHECKING:
@@ -120,15 +121,21 @@ class Saver:
 
     Args:
         path: of the file; None: nothing is kept.
-        method: that takes the iterations.
+        method: that takes the iterations.   habit: of the problem.
         source: of the batches, with ``state_dict`` and ``load_state_dict``.
         ranks: on whose device the generators are saved beside those of the CPU.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, method: Method, source: Any, ranks: Ranks
+        self,
+        path: str | os.PathLike[str] | None,
+        method: Method,
+        habit: Habit,
+        source: Any,
+        ranks: Ranks,
     ) -> None:
-        self.path, self.method, self.source, self.ranks = path, method, source, ranks
+        self.path, self.method, self.habit = path, method, habit
+        self.source, self.ranks = source, ranks
         self.device = ranks.device
         self._noted: tuple[State, list[Record], int, Any, Any] | None = None
         self._vectors: tuple[torch.Tensor, ...] = ()
@@ -166,7 +173,7 @@ class Saver:
 
             def put() -> None:
                 assert self.path is not None
-                content = pack(self.method, state, history[:count]) | parts[0]
+                content = pack(self.method, self.habit, state, history[:count]) | parts[0]
                 if len(parts) > 1:
                     content["others"] = parts[1:]
                 save(self.path, content, keep=not self._continues)  # the checkpoint of another run
@@ -184,6 +191,7 @@ class Saver:
         saved = self.ranks.first(lambda: load(path))
         self._continues = True
         state, history = unpack(saved, self.method, state)
+        self.habit.largest = saved.get("largest")
         parts = [saved, *saved.get("others", [])]
         mine = parts[self.ranks.rank % len(parts)]
         self.source.load_state_dict(mine["source"])
@@ -191,10 +199,11 @@ class Saver:
         return state, history
 
 
-def pack(method: Method, state: State, history: list[Record]) -> dict[str, Any]:
+def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> dict[str, Any]:
     """State and history as plain data."""
     content = {
         "method": method.name,
+        "largest": habit.largest,
         "inner_solver": kind_of(method.inner_solver, state.solver),
         "vectors": list(state.vectors),
         "paths": [layout.paths for layout in state.layouts],

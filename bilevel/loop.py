@@ -74,8 +74,9 @@ def solve(
         progress: a bar on stderr; None: where that is a terminal.
         checkpoint: path of a file that is rewritten, atomically, every ``checkpoint_every``
             iterations and at the end; with ``resume``, a run goes on from it if it exists, to the
-            same result bit for bit; without, an old file is kept as ``<path>.old``. A run that
-            ended by ``tol`` has ended; one that a callback stopped goes on.
+            same result bit for bit (to rounding, where batches of several sizes meet ``compile``);
+            without, an old file is kept as ``<path>.old``. A run that ended by ``tol`` has ended;
+            one that a callback stopped goes on.
         compile: take whole iterations in a graph of torch.compile, several to a call: for long
             runs of small problems, since compiling takes a minute. See docs/speed.md; falls
             back, with a warning.
@@ -154,7 +155,7 @@ def solve(
     state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
 
-    saver = files.Saver(checkpoint, method, source, ranks)
+    saver = files.Saver(checkpoint, method, problem.habit, source, ranks)
     history: list[Record] = []
     if resume and saver.exists():
         state, history = saver.restore(state)

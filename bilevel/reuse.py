@@ -69,7 +69,8 @@ class Reuse:
         if habit.pays is None:
             worth = WORTH.get(y.device.type, WORTH_ELSEWHERE)
             habit.pays = kept.flops > worth * kept.operations
-            habit.largest = kept.largest
+            if habit.largest is None:  # or it is that of the run that is resumed
+                habit.largest = kept.largest
         if not habit.pays or habit.once >= PATIENCE:
             habit.pays = False
             self._at = self._kept = None

@@ -619,3 +619,31 @@ def test_the_file_has_the_rights_of_any_other(umask, tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o666 & ~umask
+
+
+def test_what_the_first_batch_decided_is_resumed(tmp_path):
+    """Whether g_yy is had as a matrix: not with batches as large as the first."""
+
+    def rows(n):
+        g = torch.Generator().manual_seed(n)
+        return torch.randn(n, 60, generator=g), torch.randn(n, generator=g)
+
+    data, (V, v) = [rows(700), rows(701), rows(40)], rows(50)
+    W = torch.randn(60, 60, generator=torch.Generator().manual_seed(0)) / 8
+
+    def solve(steps, resume):
+        return bilevel.solve(
+            lambda x, y: ((torch.tanh(V * x) @ W @ y - v) ** 2).mean(),
+            lambda x, y, b: ((torch.tanh(b[0] * x) @ W @ y - b[1]) ** 2).mean() + 0.05 * y @ y,
+            *(torch.full((60,), 0.3), torch.zeros(60)),
+            inner_data=data,
+            steps=steps,
+            inner_steps=1,
+            method=bilevel.bisls(hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(30))),
+            checkpoint=tmp_path / "run.pt",
+            resume=resume,
+        )
+
+    whole = solve(6, False)
+    solve(1, False)  # the next batch is the small one
+    assert torch.equal(solve(6, True).x, whole.x)

@@ -319,22 +319,22 @@ class Chunks:
                 failure,
             )
         ]
-        new = State(
-            state.layouts,
-            (x, y),
-            int(k),
-            None if math.isnan(outer_last) else outer_last,
-            None if math.isnan(inner_last) else inner_last,
-            moments,
-            q,
-            average,
-            state.solver,
-            cost,
-            state.seconds + spent,
-            int(failures),
-            Noise(state.noise.batches, noise, int(noises)).settle(int(k) - 1),
-            Agreement(state.agreement.batches, signal, unlike, int(agreed)).settle(int(k) - 1),
-            Learned(concave, int(halvings)),
+        k, seen = int(k), Agreement(state.agreement.batches, signal, unlike, int(agreed))
+        new = replace(
+            state,
+            vectors=(x, y),
+            k=k,
+            outer_last=None if math.isnan(outer_last) else outer_last,
+            inner_last=None if math.isnan(inner_last) else inner_last,
+            moments=moments,
+            q=q,
+            average=average,
+            cost=cost,
+            seconds=state.seconds + spent,
+            failures=int(failures),
+            noise=Noise(state.noise.batches, noise, int(noises)).settle(k - 1),
+            agreement=seen.settle(k - 1),
+            learned=Learned(concave, int(halvings)),
         )
         return new, records
 

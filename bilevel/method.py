@@ -295,22 +295,21 @@ class Method:
             average = average.compare(n.difference).add(oracle, x, y)
         elif self.averages and drawn.noisy:
             average = Average(x, y)
-        new = State(
-            state.layouts,
-            (x, y) if move.failed else (new_x, new_y),
-            state.k + 1,
-            move.last,
-            inner.last,
-            moments,
-            h.q,
-            average,
-            inner.solver,
-            cost,
-            state.seconds,
-            state.failures + 1 if move.failed else 0,
-            state.noise.add(n.excess, len(hessian)).settle(state.k),
-            agreement.settle(state.k),
-            learned,
+        new = replace(
+            state,
+            vectors=(x, y) if move.failed else (new_x, new_y),
+            k=state.k + 1,
+            outer_last=move.last,
+            inner_last=inner.last,
+            moments=moments,
+            q=h.q,
+            average=average,
+            solver=inner.solver,
+            cost=cost,
+            failures=state.failures + 1 if move.failed else 0,
+            noise=state.noise.add(n.excess, len(hessian)).settle(state.k),
+            agreement=agreement.settle(state.k),
+            learned=learned,
         )
         return new, record
 

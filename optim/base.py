@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -33,8 +32,9 @@ class Last(NamedTuple):
         numerator: the linearised gap; negative where the loss was below its bound.
         denominator: squared norm of the gradient with its factors and safeguard.
         active: why the step is not numerator / denominator: "" or some of "not finite",
-            "zero gradient", "below bound", "safeguard", "cap", joined by "+". Searches: "cap"
-            where the first trial was accepted, "no step accepted" where none was.
+            "zero gradient", "below bound", "overflow", "safeguard", "cap", "warm-up", joined by
+            "+". Searches: "cap" where the first trial was accepted, "no step accepted" where none
+            was.
     """
 
     step: float
@@ -49,6 +49,9 @@ class _Cache:
     cohorts: list[Cohort] | None = None
     active: tuple[list[int], bool] | None = None
     decision: Decision | None = None
+    finite: Tensor | None = None  # whether the numbers of the decision were
+    lr: float = 1.0  # of its first group
+    differentiates = False  # whether the closure of a search takes derivatives itself
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -97,15 +100,19 @@ class Optimizer(torch.optim.Optimizer):
         """The last step's numbers, None before the first; reading waits for the device."""
         if self._cache.decision is None:
             return None
-        step, n, d, unguarded, cap = map(float, self._cache.decision)
+        step, n, d, unguarded, cap, scale = map(float, self._cache.decision)
+        finite = bool(self._cache.finite)
         reasons = {
-            "not finite": not (math.isfinite(n) and math.isfinite(unguarded)),
+            "not finite": not finite,
             "zero gradient": unguarded == 0,
             "below bound": n < 0,
+            "overflow": finite and step == 0 and n > 0 and unguarded > 0 and n / d > 0,
             "safeguard": d > unguarded,
-            "cap": n > cap * d and unguarded > 0,
+            "cap": n > cap * d and step > 0,
+            "warm-up": scale < 1 and step > 0,
         }
-        return Last(step, n, d, "+".join(word for word, yes in reasons.items() if yes))
+        active = "+".join(word for word, yes in reasons.items() if yes)
+        return Last(step * self._cache.lr, n, d, active)
 
     # -- a method overrides these ------------------------------------------------------------------
 
@@ -165,9 +172,11 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 "step() got a closure and loss=, which may disagree. Give one of the two."
             )
+        if closure is None and loss is None and self._asked_for_state():
+            return None
         self._check_mode()
         if closure is not None:
-            require.function("step", "closure", closure, "a function that returns the loss", 0)
+            self._check_closure(closure, "step(loss=loss), or step(closure)")
             with torch.enable_grad():
                 loss = closure()
         if self._needs_loss and loss is None:
@@ -197,14 +206,15 @@ class Optimizer(torch.optim.Optimizer):
         excess, sums = ranks.reduce(excess, sums)
         norm2, slope = self._totals(*sums)
         gap = excess + slope
-        ok = torch.isfinite(gap) & torch.isfinite(norm2)
+        finite = torch.isfinite(gap) & torch.isfinite(norm2)
 
         decision, new = self._rule(gap, norm2, s)
-        ok &= decision.step * self._reach(norm2) < LONGEST
+        ok = finite & (decision.step * self._reach(norm2) < LONGEST)
         step = torch.where(ok, decision.step, 0.0)
         for name, value in new.items():  # in place: a captured graph knows only addresses
             s[name].copy_(torch.where(ok, value, s[name]))
-        self._cache.decision = decision._replace(step=step * self.param_groups[0]["lr"])
+        self._cache.decision, self._cache.finite = decision._replace(step=step), finite
+        self._cache.lr = self.param_groups[0]["lr"]
 
         weights: dict[Any, Memory] = {}
         for block in reversed(blocks):  # what was measured last is still in the cache
@@ -219,6 +229,28 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_mode(self) -> None:
         """Methods with an average refuse to step in eval mode."""
+
+    def _check_closure(self, closure: Any, call: str) -> None:
+        """``call``: how to step instead, where the loss stands in the closure's place."""
+        if not callable(closure):
+            name, what = type(self).__name__, require.kind(closure)
+            raise TypeError(
+                f"{name}.step() got {require.shown(closure)}, {what}, in the place of the "
+                f"closure. Write {call} with a function that returns the loss."
+            )
+        require.function("step", "closure", closure, "a function that returns the loss", 0)
+
+    def _asked_for_state(self) -> bool:
+        """Whether this is no step but a call for the first state, which is then made.
+
+        torch.distributed.checkpoint calls ``step()`` with every lr at 0, and knows no losses.
+        """
+        if not self._needs_loss or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        cohorts = self._lay_out()
+        if cohorts:
+            self._remembered(cohorts[0].params[0].device)
+        return True
 
     def _fast(self) -> bool:
         return self.param_groups[0]["foreach"] and not torch.compiler.is_compiling()
@@ -241,11 +273,14 @@ class Optimizer(torch.optim.Optimizer):
     def _remembered(self, home: torch.device) -> Memory:
         if not self._memory:
             return {}
-        state: dict[Any, Any] = self.state  # with one name among the parameters, saved beside them
-        s = state["rule"]
-        if not s:  # of shape (1,): torch.compile loses writes to 0-dim float64 inputs on the CPU
-            s.update({n: _scalar(v, n, home).view(1) for n, v in self._memory.items()})
-        return {n: t.view(()) for n, t in s.items()}
+        # in the first group, as torch's tools take every key of the state for a parameter
+        s = self.param_groups[0].setdefault("memory", {})
+        for name, value in self._memory.items():
+            if name not in s:  # (1,): torch.compile loses writes to 0-dim float64 on the CPU
+                s[name] = _scalar(value, name, home).view(1)
+            elif s[name].device != home:
+                s[name] = s[name].to(home)
+        return {name: s[name].view(()) for name in self._memory}
 
     # -- parameters and state ----------------------------------------------------------------------
 
@@ -260,13 +295,24 @@ class Optimizer(torch.optim.Optimizer):
                     "itself; to move one group less, set its 'lr', a factor on the step."
                 )
         super().add_param_group(param_group)
+        if "max_lr" in self.defaults:  # OneCycleLR writes a max_lr of its own into the groups
+            group = self.param_groups[-1]
+            group["cap"] = group.pop("max_lr")
         self._cache.cohorts = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but the state keeps its own dtype: float32 beside bfloat16 parameters."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        indices = iter([i for group in state_dict["param_groups"] for i in group["params"]])
+        """As torch's, but the state keeps its own dtype: float32 beside bfloat16 parameters.
+
+        Raises:
+            ValueError: the state of another kind of optimizer, or of other groups.
+        """
+        groups, saved = _current(state_dict)
+        self._check_saved(groups)
+        super().load_state_dict({**state_dict, "state": saved, "param_groups": groups})
+        for name, value in self.param_groups[0].get("memory", {}).items():
+            home = self.param_groups[0]["params"][0].device
+            self.param_groups[0]["memory"][name] = value.to(home)
+        indices = iter([i for group in groups for i in group["params"]])
         counts: dict[Any, Tensor] = {}
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -279,10 +325,19 @@ class Optimizer(torch.optim.Optimizer):
                     kept["step"] = counts.setdefault(key, kept["step"])
                 if kept:
                     self.state[p] = kept
-        if "rule" in saved:
-            home, state = self.param_groups[0]["params"][0].device, cast(dict[Any, Any], self.state)
-            state["rule"] = {n: t.to(home, copy=True) for n, t in saved["rule"].items()}
         self._cache.cohorts = None
+
+    def _check_saved(self, groups: list[Group]) -> None:
+        name, keys = type(self).__name__, {option: option for option in self.defaults}
+        if "max_lr" in keys:
+            keys["max_lr"] = "cap"
+        for group in groups:
+            missing = sorted(option for option, key in keys.items() if key not in group)
+            if missing:
+                raise ValueError(
+                    f"{name} got the state of another optimizer: a group of it has no "
+                    f"{', '.join(missing)}. Load a state_dict() of {name}, or start without one."
+                )
 
     def _first(self, group: Group, p: Tensor) -> dict[str, Tensor]:
         """The vectors kept for a parameter, at its first gradient."""
@@ -313,6 +368,18 @@ class Optimizer(torch.optim.Optimizer):
             )
             self._cache.active = ids, fast
         return cohorts
+
+
+def _current(state_dict: dict[str, Any]) -> tuple[list[Group], dict[Any, Any]]:
+    """Groups and state, also of versions that kept the cap as "max_lr", the memory as "rule"."""
+    groups, saved = [dict(group) for group in state_dict["param_groups"]], state_dict["state"]
+    for group in groups:
+        if "max_lr" in group:
+            group.setdefault("cap", group["max_lr"])
+    if "rule" in saved and all("rule" not in group["params"] for group in groups):
+        saved = dict(saved)
+        groups[0]["memory"] = saved.pop("rule")
+    return groups, saved
 
 
 def _total(parts: tuple[Tensor, ...], home: torch.device) -> Tensor:

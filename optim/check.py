@@ -79,6 +79,7 @@ OPTIONS: dict[str, Check] = {
     "scale": optional(number("(0, inf)")),
     "foreach": optional(require.flag),
 }
+TORCH = "momentum", "dampening", "nesterov", "amsgrad", "maximize"  # options of its optimizers
 
 
 def parameters(owner: str, params: Any) -> list[Any]:
@@ -103,6 +104,11 @@ def group(owner: str, given: Any, options: dict[str, Check], defaults: dict[str,
             f"such as {{'params': model.parameters()}}."
         )
     for name, value in {**defaults, **given}.items():
+        if name not in defaults and name in (*options, *TORCH) and value:  # 0 is kept to anyway
+            raise ValueError(
+                f"{owner} got a group with {name}={require.shown(value)}, but has no such option "
+                "and would ignore it. Leave it out, or take an optimizer that has it."
+            )
         if name in options:
             options[name](owner, name, value)
     params = given["params"]

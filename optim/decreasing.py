@@ -62,7 +62,7 @@ class DecSPS(Optimizer):
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
         o = self.param_groups[0]
-        return rules.decsps(gap, norm2, s, o["c0"], o["max_lr"])
+        return rules.decsps(gap, norm2, s, o["c0"], o["cap"])
 
 
 class AdaSPS(Optimizer):
@@ -127,7 +127,7 @@ class InexactPolyak(Optimizer):
         foreach: False for the plain version.
 
     Raises:
-        ValueError: ``steps`` < 1; :meth:`best` before the first step.
+        ValueError: ``steps`` < 1.
 
     Reference: arXiv 2405.15010, algorithm 1.
 
@@ -156,8 +156,8 @@ class InexactPolyak(Optimizer):
     def best(self) -> list[Tensor]:
         """Copies of the parameters, in order, where the loss was lowest above its bound so far.
 
-        The point after the last step has no loss yet and is not among those compared. Parameters
-        that never had a gradient are as they are.
+        The point after the last step has no loss yet and is not among those compared. Before the
+        first step all parameters are as they are, later those that never had a gradient.
         """
         return [
             self.state.get(p, {}).get("best", p).detach().to(p.dtype, copy=True)

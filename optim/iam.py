@@ -20,7 +20,7 @@ class _IterateAveraging(Averaged):
         return 1.0, group.get("beta2")
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
-        return rules.capped(gap, norm2, self.param_groups[0]["max_lr"]), {"k": s["k"] + 1}
+        return rules.capped(gap, norm2, self.param_groups[0]["cap"]), {"k": s["k"] + 1}
 
     def _average(self, s: Memory, group: Group) -> Tensor:
         if group["averaging"] == "linear":

@@ -58,7 +58,7 @@ class SPS(Optimizer):
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
         o = self.param_groups[0]
-        return rules.capped(gap, o["c"] * norm2, o["max_lr"]), {}
+        return rules.capped(gap, o["c"] * norm2, o["cap"]), {}
 
 
 class SPSPlus(Optimizer):
@@ -96,7 +96,7 @@ class SPSPlus(Optimizer):
         super().__init__(params, foreach, max_lr=max_lr)
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
-        return rules.capped(gap, norm2, self.param_groups[0]["max_lr"]), {}
+        return rules.capped(gap, norm2, self.param_groups[0]["cap"]), {}
 
 
 class SafeguardedSPS(Optimizer):
@@ -199,5 +199,5 @@ class SPSB(Optimizer):
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
         o = self.param_groups[0]
-        cap = rules.bound(o["max_lr"], s["k"], o["decay"])
+        cap = rules.bound(o["cap"], s["k"], o["decay"])
         return rules.capped(gap, o["c"] * norm2, cap), {"k": s["k"] + 1}

@@ -23,13 +23,14 @@ Memory = dict[str, Tensor]
 
 
 class Decision(NamedTuple):
-    """``step`` = min{[numerator]_+ / denominator, cap}, in 0-dim tensors."""
+    """``step`` = scale min{[numerator]_+ / denominator, cap}, in 0-dim tensors."""
 
     step: Tensor
     numerator: Tensor
     denominator: Tensor
     unguarded: Tensor  # the denominator without its safeguard
     cap: Tensor | float
+    scale: Tensor | float = 1.0
 
 
 def capped(

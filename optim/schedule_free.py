@@ -23,10 +23,10 @@ class _ScheduleFree(Averaged):
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
         o = self.param_groups[0]
         k = s["k"] + 1
-        decision, new = rules.safeguarded(gap, norm2, s, o["safeguard"], o["rho"], o["max_lr"])
+        decision, new = rules.safeguarded(gap, norm2, s, o["safeguard"], o["rho"], o["cap"])
         if o["warmup_steps"]:
             warm = (k / o["warmup_steps"]).clamp(max=1.0)
-            decision = decision._replace(step=warm * decision.step)
+            decision = decision._replace(step=warm * decision.step, scale=warm)
         lr_max = torch.maximum(s["lr_max"], decision.step * o["lr"])
         weight_sum = s["weight_sum"] + rules.weight(k, lr_max, o["r"], o["weight_lr_power"])
         return decision, {**new, "k": k, "lr_max": lr_max, "weight_sum": weight_sum}

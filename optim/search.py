@@ -25,7 +25,8 @@ class _LineSearch(Optimizer):
 
     A method gives the first trial and what is applied of the accepted one. The closure is called
     again for every trial from the state of torch's random generators at its first call, so that
-    dropout is one function along the line; the applied point is recomputed as it was tried.
+    dropout is one function along the line; the applied point is recomputed as it was tried. Trials
+    record no graph, unless the loss takes derivatives itself.
     """
 
     _memory = {"k": 0.0, "accepted": 0.0}
@@ -41,8 +42,8 @@ class _LineSearch(Optimizer):
     def _first_trial(self, s: Memory) -> float:
         o, accepted = self.param_groups[0], float(s["accepted"])
         if accepted == 0 or o["reset"] == "fixed":
-            return o["max_lr"]
-        return accepted if o["reset"] == "last" else min(o["max_lr"], accepted / o["shrink"])
+            return o["cap"]
+        return accepted if o["reset"] == "last" else min(o["cap"], accepted / o["shrink"])
 
     def _applied(self, found: Search, norm2: float, s: Memory) -> tuple[float, Memory]:
         """The step to take instead of the accepted one, and what to remember."""
@@ -71,6 +72,8 @@ class _LineSearch(Optimizer):
         """
         name = type(self).__name__
         del target
+        if closure is None and loss is None and self._asked_for_state():
+            return None
         if closure is None or loss is not None:
             fault = "without a closure" if closure is None else "with loss="
             raise ValueError(
@@ -78,7 +81,7 @@ class _LineSearch(Optimizer):
                 "it chooses itself. Call step(closure) with a function that computes and returns "
                 "the loss of the batch."
             )
-        require.function("step", "closure", closure, "a function that returns the loss", 0)
+        self._check_closure(closure, "step(closure)")
         self.zero_grad(set_to_none=True)
         params = [p for group in self.param_groups for p in group["params"]]
         rng = _Generators(params)
@@ -112,9 +115,8 @@ class _LineSearch(Optimizer):
 
         def phi(t: float) -> float:
             line.go(t)
-            with rng.replayed():
-                found = torch.as_tensor(closure(), dtype=wide(home), device=home).reshape(())
-            tried.append(float(ranks.reduce(found, [])[0]))
+            found = torch.as_tensor(self._trial(closure, rng), dtype=wide(home), device=home)
+            tried.append(float(ranks.reduce(found.detach().reshape(()), [])[0]))
             return tried[-1]
 
         if not (math.isfinite(value) and math.isfinite(norm2)) or norm2 == 0:
@@ -139,8 +141,21 @@ class _LineSearch(Optimizer):
             new["accepted"] = torch.full_like(s["k"], found.step)
         for name, number in new.items():
             s[name].copy_(number)
-        active = "cap" if step == start else "" if found.accepted else "no step accepted"
+        first = "cap" if found.trials == 1 else ""
+        active = first if found.accepted else "no step accepted"
         self._last = Last(step, value - found.value, norm2, active)
+
+    def _trial(self, closure: Closure, rng: _Generators) -> Any:
+        """The loss, without a graph; where it takes derivatives itself, with those of its own."""
+        try:
+            with rng.replayed(), torch.set_grad_enabled(self._cache.differentiates):
+                return closure()
+        except RuntimeError as error:
+            if self._cache.differentiates or "does not require grad" not in str(error):
+                raise
+        self._cache.differentiates = True
+        with rng.replayed(), torch.enable_grad():
+            return closure()
 
 
 class _Line:
@@ -275,7 +290,7 @@ class SLSB(_LineSearch):
 
     def _first_trial(self, s: Memory) -> float:
         o = self.param_groups[0]
-        return float(rules.bound(o["max_lr"], s["k"], o["decay"]))
+        return float(rules.bound(o["cap"], s["k"], o["decay"]))
 
 
 class AdaSLS(_LineSearch):

@@ -36,7 +36,7 @@ class Plain:
         return [p / ((q / (1 - beta2**k)).sqrt() + eps) for p, q in zip(g, second, strict=True)]
 
     def lerp(self, a: Vector, b: Vector, w: Tensor) -> None:
-        """a <- a + w (b - a)."""
+        """a <- a + w (b - a); at w = 1 exactly b."""
         for p, q in zip(a, b, strict=True):
             p.lerp_(q, w)
 
@@ -150,9 +150,9 @@ class Lists(Fused):
         return list(torch._foreach_div(g, d))
 
     def lerp(self, a: Vector, b: Vector, w: Tensor) -> None:
-        d = torch._foreach_sub(b, a)
-        torch._foreach_mul_(d, w)
-        torch._foreach_add_(a, d)
+        b = list(torch._foreach_mul(b, w))
+        torch._foreach_mul_(a, 1 - w)  # a + w (b - a) would not be exact at w = 1
+        torch._foreach_add_(a, b)
 
     def add(self, a: Vector, w: Tensor, b: Vector) -> None:
         torch._foreach_add_(a, torch._foreach_mul(b, w))

@@ -77,10 +77,15 @@ def test_list_kernels(method, monkeypatch):
     a, b = problem.params(), problem.params()
     plain, lists = method(a, foreach=False), method(b)
     monkeypatch.setattr(blocks, "kernels", lambda device: Lists)
+    visited = []
     for t in range(20):
+        visited.append(flat(b))
         problem.step(plain, t, a)
         problem.step(lists, t, b)
         np.testing.assert_allclose(flat(a), flat(b), rtol=1e-11)
+    if hasattr(lists, "best"):
+        lowest = np.argmin(problem.losses - problem.targets)
+        np.testing.assert_array_equal(flat(lists.best()), visited[lowest])
     x = flat(b)
     b[0].grad[0] = torch.nan
     lists.step(loss=1.0, target=0.0)

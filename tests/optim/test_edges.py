@@ -27,7 +27,8 @@ def advance(method, steps=5, **options):
 
 def snapshot(optimizer):
     """Everything in the state dict, flattened and copied."""
-    state = optimizer.state_dict()["state"]
+    saved = optimizer.state_dict()
+    state = {**saved["state"], "memory": saved["param_groups"][0].get("memory", {})}
     return {(k, n): t.clone() for k, kept in state.items() for n, t in kept.items()}
 
 
@@ -66,6 +67,67 @@ def test_overflow_leaves_no_trace(method):
     params[0].grad[0] = 1e200
     optimizer.step(loss=1e3, target=0.0)
     assert_untouched(before, params, optimizer, x)
+
+
+@pytest.mark.parametrize("method", POLYAK_ONCE, ids=str)
+def test_a_step_too_long_leaves_no_trace(method):
+    """Every number is finite, but the step would end where floats are far apart."""
+    if method.make in (optim.ClippedSGD, optim.IAMAdam):
+        pytest.skip("never far: clipped, or capped in Adam's metric")
+    _, params, optimizer = advance(method)
+    x, before = flat(params), snapshot(optimizer)
+    for p in params:
+        p.grad = torch.full_like(p, 1e60)
+    optimizer.step(loss=1e180, target=0.0)
+    assert_untouched(before, params, optimizer, x)
+    assert optimizer.last.step == 0 and optimizer.last.active == "overflow"
+    assert math.isfinite(optimizer.last.numerator / optimizer.last.denominator)
+
+
+def test_a_step_beyond_all_floats():
+    x = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = optim.SPS([x], max_lr=0.1)
+    x.grad = torch.full_like(x, 1e-160)
+    optimizer.step(loss=1.0)
+    assert x.item() == 1 and optimizer.last.active == "overflow"
+
+
+@pytest.mark.parametrize(
+    "max_norm, active", [(1.0, ""), (3.0, ""), (5.0, "cap"), (math.inf, "cap")]
+)
+def test_active_of_clipping(max_norm, active):
+    """Its rule is max_norm / ||g||, its cap 1: where that is active, nothing was clipped."""
+    x = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = optim.ClippedSGD([x], lr=0.5, max_norm=max_norm)
+    x.grad = torch.tensor([4.0])
+    optimizer.step()
+    assert optimizer.last.active == active
+    assert optimizer.last.step == pytest.approx(0.5 * min(1, max_norm / 4))
+    optimizer.step(loss=math.nan)
+    assert optimizer.last.step == 0 and optimizer.last.active == "not finite"
+
+
+@pytest.mark.parametrize("make", [optim.ScheduleFreeSPS, optim.ScheduleFreeAdamSPS])
+@pytest.mark.parametrize("cap", [math.inf, 1e-3])
+def test_active_of_warm_up(make, cap):
+    x = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = make([x], warmup_steps=2, max_lr=cap)
+    for k in range(3):
+        x.grad = torch.full_like(x, 4.0)
+        optimizer.step(loss=100.0)
+        step, n, d, active = optimizer.last
+        assert step == pytest.approx(min(1, (k + 1) / 2) * min(n / d, cap))
+        assert active.split("+") == ["cap"] * (cap < 1) + ["warm-up"] * (k < 1) or active == ""
+        assert bool(active) == (cap < 1 or k < 1)
+
+
+@pytest.mark.parametrize("loss", [math.inf, 1e3])
+def test_a_refused_step_is_not_capped(loss):
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = optim.SPS([x], max_lr=0.1)
+    x.grad = torch.ones(2)
+    optimizer.step(loss=loss)
+    assert optimizer.last.active == ("cap" if loss == 1e3 else "not finite")
 
 
 @pytest.mark.parametrize("method", POLYAK_ONCE, ids=str)
@@ -184,6 +246,43 @@ def test_scheduler():
         scheduler.step()
         steps.append(optimizer.last.step)
     assert steps == pytest.approx([0.25, 0.125, 0.25 / 3])
+
+
+@pytest.mark.parametrize("method", ONCE, ids=str)
+def test_one_cycle(method):
+    """A scheduler with a max_lr of its own leaves ours alone, also after loading."""
+    problem, other = LeastSquares(noise=0.3), LeastSquares(noise=0.3)
+    a, b = problem.params(), other.params()
+    plain, cycled = method(a), method(b)
+    base = plain.param_groups[0]["lr"]
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        cycled, max_lr=0.01, total_steps=20, cycle_momentum=False
+    )
+    for t in range(6):
+        if t == 3:
+            state, cycled = cycled.state_dict(), method(b)
+            cycled.load_state_dict(state)
+            scheduler.optimizer = cycled
+        for group in cycled.param_groups:
+            group["lr"] = base  # so that only other traces of the scheduler show
+        problem.step(plain, t, a)
+        other.step(cycled, t, b)
+        scheduler.step()
+        assert cycled.param_groups[0]["max_lr"] == 0.01
+        assert cycled.param_groups[0]["lr"] != base
+    np.testing.assert_array_equal(flat(a), flat(b))
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "momentum"])
+def test_unknown_option_of_a_group(key):
+    x, y, z = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    with pytest.raises(ValueError, match=f"SPS got a group with {key}=0.1.*no such option"):
+        optim.SPS([{"params": [x]}, {"params": [y], key: 0.1}])
+    optimizer = optim.SPS([{"params": x, key: 0.0, "initial_lr": 1.0, "name": "the first"}])
+    with pytest.raises(ValueError, match=f"{key}=0.1"):
+        optimizer.add_param_group({"params": [y], key: 0.1})
+    assert len(optimizer.param_groups) == 1
+    optim.IAM([{"params": [z], "weight_decay": 0.1}])
 
 
 @pytest.mark.parametrize("method", ONCE, ids=str)
@@ -354,6 +453,10 @@ def test_step_in_eval_mode(method):
 @pytest.mark.parametrize("method", ONCE, ids=str)
 def test_misuse_of_step(method):
     problem, params, optimizer = advance(method, steps=1)
+    call = r"step\(closure\)" if method.search else r"step\(loss=loss\), or step\(closure\)"
+    for value in (torch.tensor(2.5), 2.5):
+        with pytest.raises(TypeError, match=rf"step\(\) got .*2\.5.*Write {call} with a function"):
+            optimizer.step(value)
     if method.search:
         with pytest.raises(ValueError, match="without a closure"):
             optimizer.step()
@@ -473,6 +576,63 @@ def test_search_refuses_what_is_not_finite(method, bad):
     assert x.item() == 1.0 and optimizer.last.active == "no step accepted"
     optimizer.step(lambda: (x**2).sum())
     assert x.item() != 1.0
+
+
+@pytest.mark.parametrize("method", SEARCHES, ids=str)
+def test_search_where_the_loss_differentiates(method):
+    """A penalty on the derivative of the model finds the steps of its closed form."""
+    a, b = (torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64)) for _ in range(2))
+    left, right = method([a]), method([b])
+    points = torch.linspace(0, 1, 5, dtype=torch.float64)
+
+    def penalty():
+        x = points.clone().requires_grad_()
+        u = torch.sin(2 * torch.rand(())) * a * x
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return ((u + slope) ** 2).mean()
+
+    def closed():
+        slope = torch.sin(2 * torch.rand(())) * b
+        return ((slope * points + slope) ** 2).mean()
+
+    for seed in range(4):
+        for optimizer, closure in ((left, penalty), (right, closed)):
+            torch.manual_seed(seed)
+            optimizer.step(closure)
+        assert a.item() == pytest.approx(b.item(), rel=1e-12)
+        assert left.last == pytest.approx(right.last) and left.last.step > 0
+    assert abs(a.item()) < 1
+
+
+@pytest.mark.parametrize("method", SEARCHES, ids=str)
+def test_search_raises_what_the_closure_raises(method):
+    x = torch.nn.Parameter(torch.tensor([1.0]))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("out of memory")
+        return (x**2).sum()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        method([x]).step(closure)
+    assert x.item() == 1.0 and len(calls) == 2
+
+
+def test_active_of_searches():
+    """ "cap" tells that the first trial was accepted, whatever AdaSLS then makes of it."""
+    x = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
+    optimizer = optim.AdaSLS([x], max_lr=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: (torch.tensor([1.0, 0.3]) * x**2).sum())
+        assert optimizer.last.active == "cap"
+    assert optimizer.last.step < 0.1
+    for max_lr, active in ((0.5, "cap"), (4.0, "")):
+        y = torch.nn.Parameter(torch.tensor([2.0]))
+        optimizer = optim.SLS([y], max_lr=max_lr)
+        optimizer.step(lambda y=y: (y**2).sum())
+        assert optimizer.last.step == 0.5 and optimizer.last.active == active
 
 
 @pytest.mark.parametrize("method", SEARCHES, ids=str)

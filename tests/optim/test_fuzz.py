@@ -70,6 +70,9 @@ def check(method, optimizer, params, before, loss, target):
     """Finite parameters; no step where something was not finite; no step uphill."""
     step = optimizer.last.step
     assert 0 <= step < math.inf
+    if not optimizer.last.active:
+        _, n, d, _ = optimizer.last
+        assert step == pytest.approx(optimizer.param_groups[0]["lr"] * n / d)
     used = [loss] if method.make is optim.ClippedSGD else [loss, target]
     finite = all(math.isfinite(v) for v in used) and all(
         p.grad is None or p.grad.isfinite().all() for p in params

@@ -167,7 +167,7 @@ def test_first_adam_step(make):
     params = problem.params()
     f, g, l = problem.batch(0, problem.start)
     optimizer = make(params, eps=1e-30)
-    optimizer.param_groups[0]["max_lr"] = math.inf
+    optimizer.param_groups[0]["cap"] = math.inf
     problem.step(optimizer, 0, params)
     assert optimizer.last.denominator == pytest.approx(np.abs(g).sum(), rel=1e-12)
     move = problem.start - base(optimizer, params)
@@ -418,6 +418,23 @@ def test_no_dead_lock(method):
     assert optimizer.last.step > 0
 
 
+# The weights of the average are those of the steps taken, lr and all.
+@pytest.mark.parametrize("make", [optim.ScheduleFreeSPS, optim.ScheduleFreeAdamSPS])
+def test_lr_weighs_the_average(make):
+    x = number(0)
+    optimizer = make([x], max_lr=1.0)
+    z = []
+    for lr in (0.5, 2.0, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        x.grad = torch.ones_like(x)
+        optimizer.step(loss=1e6)
+        z.append(optimizer.state[x]["z"].item())
+    np.testing.assert_allclose(z, [-0.5, -2.5, -3.5], rtol=1e-7)
+    optimizer.eval()
+    weights = np.array([0.5, 2.0, 2.0]) ** 2  # of the longest step so far
+    assert x.item() == pytest.approx(weights @ z / weights.sum(), rel=1e-7)
+
+
 # 17. Inexact Polyak: best() is the argmin of the visited points; 1 / sqrt(T); monotone distance.
 def test_inexact_polyak():
     problem = LeastSquares()
@@ -440,6 +457,7 @@ def test_inexact_polyak():
     assert np.argmin(losses) < 399  # the last point is not the best: the test has teeth
     a, b = problem.params(), problem.params()
     one, many = optim.InexactPolyak(a, steps=1), optim.InexactPolyak(b, steps=100)
+    np.testing.assert_array_equal(flat(one.best()), flat(a))  # before the first step
     problem.step(one, 0, a)
     problem.step(many, 0, b)
     assert one.last.step == pytest.approx(10 * many.last.step)

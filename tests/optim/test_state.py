@@ -37,6 +37,19 @@ def through_values(optimizer, make, params):
     return fresh
 
 
+def as_once_saved(state):
+    """Versions before this one kept the memory of the rule and the cap under other names."""
+    groups = [dict(group) for group in state["param_groups"]]
+    memory = [group.pop("memory", None) for group in groups][0]
+    for group in groups:
+        if "cap" in group:
+            group["max_lr"] = group.pop("cap")
+    return {
+        "state": {**state["state"], **({"rule": memory} if memory else {})},
+        "param_groups": groups,
+    }
+
+
 def start(method, dtype, steps):
     problem = LeastSquares(SHAPES, noise=0.3)
     params = problem.params(dtype)
@@ -70,6 +83,86 @@ def test_resume(method, evaluate, road, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("method", ROWS, ids=str)
+def test_resume_from_an_older_state(method):
+    problem, params, optimizer = start(method, torch.float64, 7)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = method([{"params": copies[:2]}, {"params": copies[2:]}])
+    fresh.load_state_dict(copy.deepcopy(as_once_saved(optimizer.state_dict())))
+    assert set(fresh.state) <= set(copies)
+    expected = go_on(problem, params, optimizer)
+    for a, b in zip(expected, go_on(problem, copies, fresh), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("flat_keys", [False, True])
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("method", ONCE, ids=str)
+def test_distributed_checkpoint(method, cleared, flat_keys):
+    """The functions of torch.distributed.checkpoint name the state by the parameters."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat_keys)
+    inputs = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+
+    def network():
+        torch.manual_seed(0)
+        made = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)).double()
+        return made, method(made.parameters())
+
+    def train(net, optimizer, steps):
+        for t in steps:
+
+            def loss(t=t):
+                return ((net(inputs) - inputs.sum(1, keepdim=True)) ** 2).mean() + 1 / (t + 2)
+
+            if method.search:
+                optimizer.step(loss)
+                continue
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step(loss=value, target=0.0)
+
+    net, optimizer = network()
+    train(net, optimizer, range(4))
+    if cleared:
+        optimizer.zero_grad()
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(net, optimizer, options=options))
+    if not flat_keys:
+        assert set(saved["state"]) <= {name for name, _ in net.named_parameters()}
+    other, fresh = network()
+    other.load_state_dict(net.state_dict())
+    dcp.set_optimizer_state_dict(other, fresh, saved, options=options)
+    for each in ((net, optimizer), (other, fresh)):
+        train(*each, range(4, 9))
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make, other, missing",
+    [
+        (optim.ScheduleFreeAdamSPS, torch.optim.Adam, "safeguard.*train_mode"),
+        (optim.ScheduleFreeSPS, optim.SPS, "beta.*train_mode"),
+        (optim.SPS, torch.optim.SGD, "c, lower_bound, max_lr"),
+        (optim.SPS, optim.SafeguardedSPS, "c, max_lr"),
+        (optim.SLSB, optim.SLS, "decay"),
+    ],
+)
+def test_state_of_another_optimizer(make, other, missing):
+    x = torch.nn.Parameter(torch.ones(2))
+    x.grad = torch.ones(2)
+    state = other([x]).state_dict()
+    optimizer = make([x])
+    before = copy.deepcopy(optimizer.state_dict())
+    told = (
+        rf"{make.__name__} got the state of another.*{missing}.*state_dict\(\) of {make.__name__}"
+    )
+    with pytest.raises(ValueError, match=told):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+
+
 @pytest.mark.parametrize("road", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize("method, evaluate", MODES, ids=str)
 def test_copies(method, evaluate, road):
@@ -90,12 +183,14 @@ def test_loading_shares_nothing(method):
     other = problem.params()
     fresh = method([{"params": other[:2]}, {"params": other[2:]}])
     fresh.load_state_dict(saved)
-    before = copy.deepcopy(saved["state"])
+    before = copy.deepcopy(saved)
     for t in range(3):
         problem.step(fresh, t, other)
-    for key, kept in before.items():
+    for key, kept in before["state"].items():
         for name, value in kept.items():
             assert torch.equal(value, saved["state"][key][name])
+    for name, value in before["param_groups"][0].get("memory", {}).items():
+        assert torch.equal(value, saved["param_groups"][0]["memory"][name])
 
 
 @pytest.mark.parametrize("method", AVERAGES, ids=str)
@@ -122,6 +217,8 @@ def test_state_moved_by_hand(method):
             for name, value in kept.items():
                 if isinstance(value, torch.Tensor):
                     kept[name] = value.clone()
+        memory = right.param_groups[0].get("memory", {})
+        memory.update({name: value.clone() for name, value in memory.items()})
         problem.step(left, t, a)
         problem.step(right, t, b)
     np.testing.assert_allclose(flat(a), flat(b), rtol=1e-13)

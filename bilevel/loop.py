@@ -70,7 +70,8 @@ def solve(
             given y in every outer iteration, and what the inner steps leave is not corrected.
         project: to the feasible set of x, applied to every trial (a Module: dict of parameters).
         tol: stop when the norm of the hypergradient is at most this.
-        callback: called with (state, record) after every iteration; True stops.
+        callback: called with (state, record) after every iteration; True stops. A Module has its
+            present values once ``state.x`` or ``state.y`` is read.
         progress: a bar on stderr; None: where that is a terminal.
         checkpoint: path of a file that is rewritten, atomically, every ``checkpoint_every``
             iterations and at the end; with ``resume``, a run goes on from it if it exists, to the

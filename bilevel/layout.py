@@ -154,6 +154,12 @@ class Layout:
 
 
 def _refuse_unfit(path: str, leaf: Any) -> None:
+    if isinstance(leaf, nn.Module):
+        raise told(
+            TypeError,
+            f"{path} is a Module ({type(leaf).__name__}) inside a tree; pass one Module, such as "
+            f"nn.ModuleDict with an nn.ParameterDict in it, or a tree of its parameters.",
+        )
     if not isinstance(leaf, Tensor):
         raise told(
             TypeError,

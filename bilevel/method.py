@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -200,9 +201,9 @@ class Method:
         start = time.perf_counter()
         require.instance("step", "problem", problem, Problem, "bilevel.Problem(outer, inner)")
         require.instance("step", "state", state, State, "what init(x, y) or a step returned")
-        if isinstance(inner_batches, int):
+        if isinstance(inner_batches, Integral):
             require.whole("step", "inner_batches", inner_batches)
-            inner_batches = [None] * inner_batches
+            inner_batches = [None] * int(inner_batches)
         for name, batches in (
             ("inner_batches", inner_batches),
             ("hessian_batches", hessian_batches),

@@ -438,7 +438,16 @@ def _gradients(
     """torch.autograd.grad with zeros where an input does not enter."""
     if not output.requires_grad:
         return tuple(torch.zeros_like(i) for i in inputs)
-    found = torch.autograd.grad(output, inputs, seed, allow_unused=True, **options)
+    try:
+        found = torch.autograd.grad(output, inputs, seed, allow_unused=True, **options)
+    except RuntimeError as error:  # NotImplementedError is one
+        if not any(words in str(error) for words in ("is not implemented", "differentiate twice")):
+            raise
+        raise told(
+            type(error),
+            f"{error} -- the inner loss cannot be differentiated twice; use "
+            f"hypergradient=bilevel.FiniteDifference(), which needs its gradients alone.",
+        ) from error
     return tuple(
         torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)
     )

@@ -457,3 +457,27 @@ def test_a_check_leaves_the_generators_alone_whatever_draws():
     drawing = Implicit(bilevel.StochasticNeumann(form="random"))
     bilevel.check(case.outer, case.inner, case.x, case.y, methods=[drawing], directions=2)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_loss_without_second_derivatives_is_told_and_differences_serve():
+    bags = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    y = torch.arange(15.0, dtype=torch.float64).view(5, 3) / 10
+
+    def inner(x, y):
+        return (
+            torch.nn.functional.embedding_bag(bags, y).square().sum() + x.exp() * y.square().sum()
+        )
+
+    def outer(x, y):
+        return (y - 1).square().sum()
+
+    x = torch.tensor(0.5, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="FiniteDifference"):
+        bilevel.hypergradient(outer, inner, x, y)
+    report = bilevel.check(
+        outer,
+        lambda x, y: y[bags].mean(1).square().sum() + x.exp() * y.square().sum(),
+        *(x, y),
+        methods=[FiniteDifference(ConjugateGradient(50, 1e-12))],
+    )
+    assert report.rows[0].error < 1e-4

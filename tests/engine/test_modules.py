@@ -318,3 +318,9 @@ def test_a_loss_that_differentiates_by_itself():
     one, other = solve(by_autograd), solve(written_out)
     torch.testing.assert_close(one.x, other.x, rtol=1e-9, atol=1e-12)
     assert one.history[-1].loss_evaluations == other.history[-1].loss_evaluations
+
+
+def test_a_module_in_a_tree_is_refused_in_words():
+    tree = {"head": torch.nn.Linear(2, 2)}
+    with pytest.raises(TypeError, match=r"x\['head'\] is a Module .*nn.ModuleDict"):
+        bilevel.solve(lambda x, y: y.sum(), lambda x, y: y.sum(), tree, torch.zeros(2))

@@ -201,7 +201,7 @@ class Method:
         start = time.perf_counter()
         require.instance("step", "problem", problem, Problem, "bilevel.Problem(outer, inner)")
         require.instance("step", "state", state, State, "what init(x, y) or a step returned")
-        if isinstance(inner_batches, Integral):
+        if isinstance(inner_batches, int | Integral):
             require.whole("step", "inner_batches", inner_batches)
             inner_batches = [None] * int(inner_batches)
         for name, batches in (

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel import require
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import ConjugateGradient, Solver, solved
+from bilevel.linear import ConjugateGradient, Solver, watched
 from bilevel.require import shown
 
 
@@ -140,5 +140,7 @@ class _Argmin(torch.autograd.Function):
 
         with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
             pullback = torch.func.vjp(ctx.gradient, xs, ys)[1]
-            q = solved(ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents))
+            q, _ = watched(
+                ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents)
+            )
             return None, None, None, *(-part for part in pullback(unflat(q))[0])

@@ -227,8 +227,18 @@ class Implicit:
 
         lag = torch.dot(q, pull.gradient)
         return Estimate(
-            *(fx - gxy_q, fx, value, pull.value, residual, q, respond),
-            *(lag, newton, elsewhere, known, fy),
+            grad=fx - gxy_q,
+            direct=fx,
+            value=value,
+            inner_value=pull.value,
+            residual=residual,
+            q=q,
+            respond=respond,
+            lag=lag,
+            newton=newton,
+            elsewhere=elsewhere,
+            learned=known,
+            fy=fy,
         )
 
 

@@ -59,11 +59,6 @@ class Learned(NamedTuple):
 UNTAUGHT = Learned()
 
 
-def solved(solver: Solver, product: Product, b: Tensor, q0: Tensor | None = None) -> Tensor:
-    """What the solver returns, if that can be a solution."""
-    return watched(solver, product, b, q0)[0]
-
-
 def watched(
     solver: Solver,
     product: Product,
@@ -71,8 +66,8 @@ def watched(
     q0: Tensor | None = None,
     learned: Learned = UNTAUGHT,
 ) -> tuple[Tensor, Learned]:
-    """The same, and what is known by then, which conjugate gradients can tell and use: see
-    :meth:`ConjugateGradient.watched`."""
+    """What the solver returns, if that can be a solution, and what is known by then, which
+    conjugate gradients can tell and use: see :meth:`ConjugateGradient.watched`."""
     if is_conjugate(solver):
         q, concave = solver.watched(product, b, q0, learned)
         learned = learned._replace(concave=concave)

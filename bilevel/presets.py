@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from bilevel import require
-from bilevel.hypergradients import HYPERGRADIENTS, Hypergradient, Implicit
+from bilevel.hypergradients import Hypergradient, Implicit
 from bilevel.linear import ConjugateGradient
 from bilevel.method import Method
 from bilevel.rules import Adam, Armijo, Fixed, Polyak, Reset, Steepest
@@ -81,7 +81,7 @@ def bisls(
     growth = 2.0 if direction == "sgd" and follows else 1.2
     return Method(
         f"bisls-{direction}",
-        _hypergradient(hypergradient),
+        DEFAULT if hypergradient is None else hypergradient,
         SEARCHED_ADAM if direction == "adam" else Steepest(),
         Armijo(outer_step, "auto", slack, reset, growth, retain=RETAIN if follows else 0.0),
         Armijo(inner_step, INNER_C, reset=reset, growth=growth),
@@ -148,7 +148,7 @@ def bisps(
         )
     return Method(
         "bisps",
-        _hypergradient(hypergradient),
+        DEFAULT if hypergradient is None else hypergradient,
         Steepest(),
         Polyak(outer_lower_bound, c, lower, max_outer_step),
         Polyak(inner_lower_bound, c, 0.0, max_inner_step),
@@ -181,7 +181,7 @@ def fixed(
     require.number("fixed", "decay", decay, "[0, inf)")
     return Method(
         direction,
-        _hypergradient(hypergradient),
+        DEFAULT if hypergradient is None else hypergradient,
         Adam() if direction == "adam" else Steepest(),
         Fixed(outer_step, decay),
         Fixed(inner_step, decay),
@@ -199,10 +199,3 @@ PRESETS: dict[str, Callable[[], Method]] = {
     "adam": partial(fixed, "adam"),
     "sgd": partial(fixed, "sgd"),
 }
-
-
-def _hypergradient(given: Hypergradient | None) -> Hypergradient:
-    if given is None:
-        return DEFAULT
-    require.made_by("", "hypergradient", given, "estimate", "a hypergradient", HYPERGRADIENTS)
-    return given

@@ -136,6 +136,7 @@ class Iterations:
         scalars: Tensor,
         vectors: Sequence[Tensor],
     ) -> tuple[Row, Tensor, list[Tensor]]:
+        """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
         noise, noises, *agreement, concave, halvings = known
@@ -154,29 +155,8 @@ class Iterations:
         hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
-        # the inner steps
-        def inner(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            last, spoiled, _, trials, failures = tally.unbind()
-            draw = self._draw(1, stored, i * self.counts[0] + t % max(1, self.counts[0]))
-            value, gy = oracle.inner_gradient(x, y, draw)
-
-            def phi(t: Tensor) -> tuple[Tensor, int]:
-                return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
-
-            found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
-            size, last, more, failed, _ = found
-            value = value.double() + unsound(spoiled)  # from the first on that is not finite
-            tally = torch.stack([last, value, size, trials + more, failures + failed])
-            return t + 1, y - size.to(y.dtype) * gy, tally
-
-        nothing = torch.zeros((), dtype=torch.float64)
-        tally = torch.stack([inner_last, nothing, nothing, nothing, nothing])
-        carry = (torch.zeros((), dtype=torch.int64), (start if self.fresh else before) + 0, tally)
-        if self.steps == 1:
-            _, y, tally = inner(*carry)
-        else:
-            _, y, tally = while_loop(lambda t, y, tally: t < self.steps, inner, carry)
-        inner_last_new, spoiled, beta, inner_trials, inner_failures = tally.unbind()
+        inner = self._inner(oracle, i, stored, (x, start if self.fresh else before), k, inner_last)
+        y = inner.y
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
         learned = Learned(concave, halvings)
@@ -194,54 +174,29 @@ class Iterations:
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         d, moved = self.method.direction(h.grad, Moments(first, second, n))  # type: ignore[arg-type]
 
-        # the outer step
-        rule, follow = self.method.outer_rule, None
-        apart: Tensor | float = torch.nan
-        slope = torch.dot(h.grad, d)
-        if isinstance(rule, Armijo):
-            if self.method.response == "frozen":
-                slope = torch.dot(h.direct, d)
-            else:
-                slope, apart, follow = h.respond(d)
-                solver.counts.append(1)  # g_yx d
-
-        def reach(t: Tensor) -> tuple[Tensor, Tensor, Tensor | bool]:
-            t = t.to(x.dtype)
-            xt = x + t * d
-            yt, trusted = follow(t, xt) if follow is not None else (y, True)
-            return xt, torch.where(t > 0, yt, y), trusted
-
-        def phi(t: Tensor) -> tuple[Tensor, Tensor | int]:
-            xt, yt, trusted = reach(t)
-            value = oracle.value("outer", xt, yt, outer)
-            if follow is None:
-                return value, m
-            assert isinstance(trusted, Tensor)
-            return torch.where(trusted, value, torch.inf), trusted * m + 2 * many
-
         c: Any = None
-        if isinstance(rule, Armijo) and rule.c == "auto":
+        if isinstance(self.method.outer_rule, Armijo) and self.method.outer_rule.c == "auto":
             c = _share(agreement, m, self.alone)
-        found = move(rule, h.value, slope, phi, k, outer_last, c, extrapolates=True)
-        alpha, outer_last_new, outer_trials, failed, evaluations = found
-        new_x, new_y, _ = reach(alpha)
-        failed = failed > 0
+        step = self._outer(oracle, (x, y), outer, h, d, k, outer_last, c, (m, many))
+        new_x, new_y, alpha, failed = step.x, step.y, step.size, step.failed
+        if step.follows:
+            solver.counts.append(1)  # g_yx d
 
         agreement_new = agreement
-        told = self.watches[0] and follow is not None
+        told = self.watches[0] and step.follows
         if told:
             _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
             own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
             agreement_new = _agreement(agreement, own.double() / alpha, seen.double() / alpha, m)
 
         # what is kept: all of it, or, where numbers are not finite, nothing
-        norm = torch.linalg.vector_norm(h.grad)
-        inner_value = h.inner_value + unsound(spoiled).to(x.dtype)
+        norm, evaluations = torch.linalg.vector_norm(h.grad), step.evaluations
+        inner_value = h.inner_value + unsound(inner.spoiled).to(x.dtype)
         finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
         finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
         if self.method.corrects:
             assert here is not None and there is not None
-            behind = is_behind(here.double(), there.double(), alpha * slope.double().abs())
+            behind = is_behind(here.double(), there.double(), alpha * step.slope.double().abs())
             judge = self._draw(1, stored, i * self.counts[0])
             new_y, products, looks, concave_new = _corrected(
                 oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver
@@ -270,8 +225,8 @@ class Iterations:
         new_scalars = torch.stack(
             [
                 k + 1,
-                torch.where(finite, outer_last_new, outer_last),
-                torch.where(finite, inner_last_new, inner_last),
+                torch.where(finite, step.last, outer_last),
+                torch.where(finite, inner.last, inner_last),
                 torch.where(finite, n + 1, n) if self.moments else n,
                 terms,
                 gain,
@@ -283,7 +238,7 @@ class Iterations:
                     for new, old in zip(agreement_new, agreement, strict=True)
                 ),
                 torch.where(finite, solver.concave[-1].double(), concave),
-                torch.where(finite & still, learned.judge(apart).halvings, halvings),
+                torch.where(finite & still, learned.judge(step.apart).halvings, halvings),
             ]
         )
         row = Row(
@@ -291,19 +246,126 @@ class Iterations:
             inner_value=inner_value,
             norm=norm,
             outer_step=alpha,
-            inner_step=beta,
+            inner_step=inner.size,
             residual=h.residual,
             finite=finite,
-            outer_trials=outer_trials,
-            inner_trials=inner_trials,
-            inner_failures=inner_failures,
+            outer_trials=step.trials,
+            inner_trials=inner.trials,
+            inner_failures=inner.failures,
             failed=failed,
-            gradients=nothing + self.steps + m + many + told + self.watches[1],
-            hessian_products=many * sum(solver.counts, nothing) + int(self.watches[1]),
-            loss_evaluations=inner_trials + evaluations + m * int(self.averaged),
+            gradients=torch.zeros_like(alpha) + self.steps + m + many + told + self.watches[1],
+            hessian_products=many * sum(solver.counts, torch.zeros_like(alpha))
+            + int(self.watches[1]),
+            loss_evaluations=inner.trials + evaluations + m * int(self.averaged),
             concave=solver.concave[-1],
         )
         return row, new_scalars, new_vectors
+
+    def _inner(
+        self,
+        oracle: Traced,
+        i: Tensor,
+        stored: tuple[list[list[Tensor]], Tensor],
+        point: tuple[Tensor, Tensor],
+        k: Tensor,
+        last: Tensor,
+    ) -> _Inner:
+        """The inner steps of iteration i of the call."""
+        x, y = point
+
+        def step(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            last, spoiled, _, trials, failures = tally.unbind()
+            draw = self._draw(1, stored, i * self.counts[0] + t % max(1, self.counts[0]))
+            value, gy = oracle.inner_gradient(x, y, draw)
+
+            def phi(t: Tensor) -> tuple[Tensor, int]:
+                return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
+
+            found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
+            size, last, more, failed, _ = found
+            value = value.double() + unsound(spoiled)  # from the first on that is not finite
+            tally = torch.stack([last, value, size, trials + more, failures + failed])
+            return t + 1, y - size.to(y.dtype) * gy, tally
+
+        nothing = torch.zeros((), dtype=torch.float64)
+        tally = torch.stack([last, nothing, nothing, nothing, nothing])
+        carry = (torch.zeros((), dtype=torch.int64), y + 0, tally)
+        if self.steps == 1:
+            _, y, tally = step(*carry)
+        else:
+            _, y, tally = while_loop(lambda t, y, tally: t < self.steps, step, carry)
+        return _Inner(y, *tally.unbind())
+
+    def _outer(
+        self,
+        oracle: Traced,
+        point: tuple[Tensor, Tensor],
+        outer: Draw,
+        h: Estimate,
+        d: Tensor,
+        k: Tensor,
+        last: Tensor,
+        c: Any,
+        many: tuple[Tensor | int, Tensor | int],
+    ) -> _Outer:
+        """The outer step along d; ``many``: outer and Hessian batches in one evaluation."""
+        x, y = point
+        rule, follow = self.method.outer_rule, None
+        apart: Tensor | float = torch.nan
+        slope = torch.dot(h.grad, d)
+        if isinstance(rule, Armijo):
+            if self.method.response == "frozen":
+                slope = torch.dot(h.direct, d)
+            else:
+                slope, apart, follow = h.respond(d)
+
+        def reach(t: Tensor) -> tuple[Tensor, Tensor, Tensor | bool]:
+            t = t.to(x.dtype)
+            xt = x + t * d
+            yt, trusted = follow(t, xt) if follow is not None else (y, True)
+            return xt, torch.where(t > 0, yt, y), trusted
+
+        def phi(t: Tensor) -> tuple[Tensor, Tensor | int]:
+            xt, yt, trusted = reach(t)
+            value = oracle.value("outer", xt, yt, outer)
+            if follow is None:
+                return value, many[0]
+            assert isinstance(trusted, Tensor)
+            return torch.where(trusted, value, torch.inf), trusted * many[0] + 2 * many[1]
+
+        found = move(rule, h.value, slope, phi, k, last, c, extrapolates=True)
+        size, last, trials, failed, evaluations = found
+        new_x, new_y, _ = reach(size)
+        follows = follow is not None
+        return _Outer(
+            new_x, new_y, size, last, trials, failed > 0, evaluations, slope, apart, follows
+        )
+
+
+class _Inner(NamedTuple):
+    """What the inner steps lead to; ``spoiled`` is not finite where any loss was not."""
+
+    y: Tensor
+    last: Tensor
+    spoiled: Tensor
+    size: Tensor
+    trials: Tensor
+    failures: Tensor
+
+
+class _Outer(NamedTuple):
+    """What the outer step leads to; ``follows``: whether y does, along its tangent."""
+
+    x: Tensor
+    y: Tensor
+    size: Tensor
+    last: Tensor
+    trials: Tensor
+    failed: Tensor
+    evaluations: Any
+    slope: Tensor
+    apart: Any
+    follows: bool
 
 
 def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:

@@ -236,12 +236,13 @@ class Chunks:
     def _run(
         self, ready: _Prepared, state: State, joined: _Joined, drawn: _Drawn
     ) -> tuple[Tensor, ...] | None:
-        for level, stacks in enumerate(ready.stacks):
-            for j, stack in enumerate(stacks):
-                tensors = [batch[j] for batch in drawn.tensors[level]]
-                torch.stack(tensors, out=stack[: len(tensors)])
-            rows = drawn.rows[level]
-            ready.places[level, : len(rows)] = torch.tensor(rows)
+        with torch.no_grad():  # batches may be part of someone's graph
+            for level, stacks in enumerate(ready.stacks):
+                for j, stack in enumerate(stacks):
+                    tensors = [batch[j] for batch in drawn.tensors[level]]
+                    torch.stack(tensors, out=stack[: len(tensors)])
+                rows = drawn.rows[level]
+                ready.places[level, : len(rows)] = torch.tensor(rows)
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
@@ -319,7 +320,10 @@ class Chunks:
                 failure,
             )
         ]
-        k, seen = int(k), Agreement(state.agreement.batches, signal, unlike, int(agreed))
+        k, noise = int(k), Noise(state.noise.batches, noise, int(noises))
+        agreement = Agreement(state.agreement.batches, signal, unlike, int(agreed))
+        if row.finite[-1]:
+            noise, agreement = noise.settle(k - 1), agreement.settle(k - 1)
         new = replace(
             state,
             vectors=(x, y),
@@ -332,8 +336,8 @@ class Chunks:
             cost=cost,
             seconds=state.seconds + spent,
             failures=int(failures),
-            noise=Noise(state.noise.batches, noise, int(noises)).settle(k - 1),
-            agreement=seen.settle(k - 1),
+            noise=noise,
+            agreement=agreement,
             learned=Learned(concave, int(halvings)),
         )
         return new, records
@@ -444,6 +448,8 @@ class _Drawn:
         """The row of one that is not known, or None where it does not fit."""
         kind, tensors = _tensors(batch)
         for t in tensors:
+            if t.layout is not torch.strided:
+                return None
             kind += (t.shape, t.dtype, t.device)
         row = len(self.tensors[level])
         if not kind or kind != (self.kinds[level] or kind) or row == self.different[level]:

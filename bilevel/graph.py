@@ -317,7 +317,7 @@ class Iterations:
             if self.method.response == "frozen":
                 slope = torch.dot(h.direct, d)
             else:
-                slope, apart, follow = h.respond(d)
+                slope, apart, follow = h.respond(d, last.isnan())
 
         def reach(t: Tensor) -> tuple[Tensor, Tensor, Tensor | bool]:
             t = t.to(x.dtype)

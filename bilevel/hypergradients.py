@@ -35,12 +35,14 @@ class Course(NamedTuple):
     follow: Follow
 
 
-Respond = Callable[[Tensor], Course]
+# (d, whether it is the first search along it that is followed) -> the course of f and y
+Respond = Callable[..., Course]
 
 
 # of a loss, in units of its precision: where a network fits its data, g is 0.01 and logits are 10.
 # A short step that is refused for such an error is halved, and so are all that follow
 ROUNDING = 512
+CLOSE = 0.9  # of what second order says that g gains by following; a first step is to be so near
 HYPERGRADIENTS = "a linear solver as bilevel.Implicit(solver), or Unrolled() or FiniteDifference()"
 
 
@@ -194,7 +196,7 @@ class Implicit:
 
         fyq = torch.dot(fy, q)
 
-        def respond(d: Tensor) -> Course:
+        def respond(d: Tensor, first: bool | Tensor = False) -> Course:
             c = -pull.forward(d)
             w, now = watched(self.solver, product, c, None, known[-1])
             known.append(now)
@@ -204,16 +206,25 @@ class Implicit:
             apart = missed.abs() / (fixed + torch.dot(q, c)).abs()
             w = w + torch.where(fyq > 0, missed / fyq, 0.0) * q
             drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
+            half = torch.dot(c, w) / 2
 
             def follow(t: float | Tensor, xt: Tensor) -> tuple[Tensor, Tensor | bool]:
                 # going along the tangent must serve the inner loss better than staying: to first
-                # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it
+                # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it. A
+                # first step, sought over many decades, is to be where this still holds: phi is as
+                # straight as the tangent, and far from an x of e^x or of a sigmoid y* is elsewhere
                 yt = y + t * w
                 moved, stayed = oracle.values("inner", xt, (yt, y), draw)
                 stayed = stayed + t * drift
                 rounding = ROUNDING * torch.finfo(y.dtype).eps * stayed.abs()
                 # where g overflows it does so from either y, and says nothing
-                return yt, (moved <= stayed + rounding) & moved.isfinite()
+                trusted = (moved <= stayed + rounding) & moved.isfinite()
+                if first is False:
+                    return yt, trusted
+                gain, said = stayed - moved, t * t * half
+                close = gain >= (1 - CLOSE) * said - rounding
+                close = close & (gain <= (1 + CLOSE) * said + rounding)
+                return yt, trusted & (close | ~torch.as_tensor(first))
 
             return Course(fixed + torch.dot(fy, w), apart, follow)
 
@@ -374,7 +385,9 @@ class Unrolled:
             grad = grad - size * gxy
             adjoint = adjoint - size * gyy
 
-        def respond(d: Tensor) -> Course:
+        def respond(d: Tensor, first: bool | Tensor = False) -> Course:
+            del first  # the steps themselves are taken at x(t)
+
             def replay(t: float | Tensor, xt: Tensor) -> tuple[Tensor, bool]:
                 y_t = path[0].y if path else y
                 for _, draw, size, _ in path:

@@ -289,18 +289,23 @@ class _Source:
             if data is not None
         }
         self._steps, self._alone = steps, ranks.size == 1
-        # how many batches a pass has, on any rank
-        self._lengths = {
-            name: min(ranks.numbers(partial(getattr, cycle, "length")))
-            for name, cycle in self._cycles.items()
-        }
+        # how many batches a pass has, and how many can be different ones, on the rank that has the
+        # most: those with fewer give some again
+        self._lengths, self._different = (
+            {
+                name: max(ranks.numbers(partial(getattr, cycle, count)))
+                for name, cycle in self._cycles.items()
+            }
+            for count in ("length", "different")
+        )
 
     def next(self, outer: tuple[int, int], hessian: tuple[int, int]) -> Batches:
         """As many batches for f, and for the second derivatives of g, as a method wants: those
         that it is to average, and those that tell whether they are enough."""
         if "data" in self._cycles:
             first, inner = _pair(self._cycles["data"].next())
-            return first, [inner] * self._steps, [inner], None
+            alone = self._lengths["data"] == 1 and first is not None
+            return first, [inner] * self._steps, [inner], [] if alone else None
         first, more = None, None
         if "outer_data" in self._cycles:
             cycle, length = self._cycles["outer_data"], self._lengths["outer_data"]
@@ -318,16 +323,17 @@ class _Source:
         cycle = self._cycles["inner_data"]
         inner = cycle.take(self._steps)
         drawn = cycle.take(1 if self._lengths["inner_data"] == 1 else sum(hessian))
-        if self._alone:  # several ranks need as many each, to compute the same things
+        if self._alone:
             drawn = list({id(batch): batch for batch in drawn}.values())
+        else:  # ranks need as many each, to compute the same things
+            drawn = drawn[: self._different["inner_data"]]
         return first, inner, drawn, more
 
     def different(self) -> tuple[int, int, int]:
         """How many outer, inner and Hessian batches can be different ones, as of :class:`Cycle`."""
-        found = {name: cycle.different for name, cycle in self._cycles.items()}
-        pairs = found.get("data", 1)
-        inner = found.get("inner_data", pairs)
-        return found.get("outer_data", pairs), inner, inner
+        pairs = self._different.get("data", 1)
+        inner = self._different.get("inner_data", pairs)
+        return self._different.get("outer_data", pairs), inner, inner
 
     def state_dict(self) -> dict[str, Any]:
         return {name: cycle.state_dict() for name, cycle in self._cycles.items()}

@@ -22,7 +22,7 @@ from bilevel.inner_solver import run_solver
 from bilevel.layout import Layout, Variable
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise, averaged
-from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
+from bilevel.problem import Cost, Draw, Joint, Oracle, Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes
 from bilevel.rules import (
@@ -244,7 +244,10 @@ class Method:
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
-        trials = Trials(oracle, (x, y), outer, hessian[0], h, d, response, inner.size, drawn.kappa)
+        first = state.outer_last is None
+        trials = Trials(
+            *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size, drawn.kappa, first)
+        )
         move = self.outer_rule(trials.line, state.k, state.outer_last)
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
@@ -332,7 +335,8 @@ class Method:
         others = hessian[count : count + more]
         alone = self.is_alone(outer_batch, more_outer_batches)
         return _Drawn(
-            outer=oracle.joint(outers[:m]),
+            # a batch that comes twice counts twice, as m says
+            outer=Joint(outers[:m]) if m > 1 else outers[0],
             fresh=outers[m : m + judges],
             hessian=hessian[:count],
             others=others,

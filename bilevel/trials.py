@@ -39,6 +39,7 @@ class Trials:
         response: Response | None,
         inner_size: float | Tensor,
         kappa: float,
+        first: bool,
     ) -> None:
         self._oracle, self._outer, self._inner = oracle, outer, inner
         (self.x, self.y), self.response = point, response
@@ -47,9 +48,10 @@ class Trials:
         self._seen: dict[float, tuple[Tensor, Tensor | None]] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
-        self._kappa, self.slope = kappa, torch.dot(h.direct if response == "frozen" else h.grad, d)
+        self._kappa, self._first = kappa, first
+        self.slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
         if response == "tangent":
-            self.slope, self.apart, self._follow = h.respond(d)
+            self.slope, self.apart, self._follow = h.respond(d, first)
 
     @property
     def line(self) -> Line:
@@ -81,7 +83,7 @@ class Trials:
         if self._follow is None or t == 0:
             return self.y
         if bent:  # the tangent along the arc that the projection bends
-            yt, trusted = self._h.respond(xt - self.x).follow(1.0, xt)
+            yt, trusted = self._h.respond(xt - self.x, self._first).follow(1.0, xt)
         else:
             yt, trusted = self._follow(t, xt)
         return yt if bool(trusted) else None

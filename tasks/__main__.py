@@ -34,6 +34,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from . import TASKS
@@ -116,12 +117,17 @@ def _run(name: str, arguments: list[str]) -> int:
         from .files import table
         from .run import device
 
+        if options.overwrite and getattr(options, "resume", False):
+            raise ValueError(
+                "--overwrite and --resume were given, of which one replaces what the other goes on "
+                "from; give one of them"
+            )
         options.device = device(options.device)
         torch.manual_seed(options.seed)
         try:
             summary = task.run(options)
         finally:
-            folder = options.out
+            folder = options.out if options.out and Path(options.out).exists() else None
     except KeyboardInterrupt:
         kept = f"; what it wrote is in {folder}" if folder else ""
         if folder and hasattr(options, "resume"):
@@ -195,7 +201,12 @@ def _common(parser: argparse.ArgumentParser, data: Sequence[str], presets: Seque
             help="never download missing data",
         )
     add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
-    add("--seed", type=whole, default=0, help="of everything random, a whole number")
+    add(
+        "--seed",
+        type=whole,
+        default=0,
+        help="of all that is random but the split of the data, a whole number",
+    )
     add("--steps", type=positive, help="outer iterations")
     add("--preset", choices=presets, default=presets[0], help="values for the other options")
     add("--out", metavar="FOLDER", help="the run folder (default: runs/<task>-<time>)")

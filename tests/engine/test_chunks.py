@@ -182,6 +182,66 @@ def test_hessian_batches_are_chosen_where_the_first_iteration_taught_nothing(tak
     assert_alike(fast, plain, rtol=1e-6)
 
 
+def test_the_first_step_may_be_in_the_graph(taken):
+    """x has stood still on batches that f does not depend on."""
+
+    def solve(compile):
+        return bilevel.solve(
+            lambda x, y, b: b * ((y - 0.3) ** 2).sum(),
+            lambda x, y: (torch.arange(1.0, 6.0) * (y - x.sigmoid()) ** 2).sum() / 2,
+            *(START - 4, START),
+            outer_data=[torch.tensor(w, dtype=torch.float64) for w in (0, 0, 0, 1, 1, 1, 1, 1, 1)],
+            method=bilevel.bisls(hypergradient=Implicit(ConjugateGradient(3, 0.0))),
+            steps=9,
+            inner_steps=2,
+            compile=compile,
+        )
+
+    fast, plain = solve(True), solve(False)
+    still = [record.outer_step == 0 for record in plain.history]
+    assert all(still[:2]) and not all(still) and any(taken)
+    assert_alike(fast, plain, rtol=1e-6)
+
+
+def test_batches_of_a_graph_and_sparse_ones(taken):
+    """Features may come from someone's network; a sparse batch is taken plainly, as before."""
+    parts = [(a.requires_grad_(), b) for a, b in batches(8, 40)]
+    options = {"inner_steps": 1, "steps": 5}
+    assert_alike(*(solve(SOBA, c, outer_data=parts, **options) for c in (True, False)))
+    assert any(taken)
+    sparse = [(a.detach().to_sparse(), b) for a, b in batches(8, 40)]
+    with pytest.warns(RuntimeWarning, match="not .nests of. tensors"):
+        fast = solve(SOBA, True, outer_data=sparse, **options)
+    assert_alike(fast, solve(SOBA, False, outer_data=sparse, **options))
+
+
+def test_a_failure_leaves_as_many_batches_as_it_found(taken):
+    """In the iteration 3, after which their number would change; the labels are noise."""
+    g = torch.Generator().manual_seed(0)
+    noisy = [(A[i : i + 4], torch.randn(4, generator=g, dtype=A.dtype)) for i in range(0, 44, 4)]
+
+    def solve_noisy(compile, data, steps):
+        loss = lambda x, y, batch: ((batch[0] @ y - batch[1]) ** 2).mean()  # noqa: E731
+        return bilevel.solve(
+            loss,
+            lambda x, y, batch: loss(x, y, batch) + (x.exp() * y * y).sum(),
+            *(START, START),
+            outer_data=data,
+            inner_data=noisy,
+            method="bisls-sgd",
+            steps=steps,
+            inner_steps=1,
+            compile=compile,
+        )
+
+    begun = sum(record.outer_batches for record in solve_noisy(False, 3 * noisy, 3).history)
+    spoiled = [(a, b * math.nan if j >= begun else b) for j, (a, b) in enumerate(3 * noisy)]
+    fast, plain = (solve_noisy(compile, spoiled, 8) for compile in (True, False))
+    assert plain.reason.startswith("stopped at iteration 3") and fast.reason == plain.reason
+    for name in ("noise", "agreement"):
+        assert getattr(fast.state, name).batches == getattr(plain.state, name).batches
+
+
 class Refilled:
     """Gives one list, with other tensors each time."""
 

@@ -366,6 +366,44 @@ def test_tangent_is_refused_where_the_inner_loss_overflows():
     assert bool(follow(1e-3, x + 1e-3)[1]) and not bool(follow(800.0, x + 800.0)[1])
 
 
+def test_a_first_tangent_is_refused_where_second_order_is_not_what_happens():
+    x, y = t([0.0]), t([1.0])  # y* = e^x; half of the second derivative is 1/2
+    problem = Problem(lambda x, y: -y.sum(), lambda x, y: ((y - x.exp()) ** 2).sum() / 2)
+    oracle = Oracle(problem, Layout(x, "x"), Layout(y, "y"))
+    h, d, found = EXACT.estimate(oracle, x, y, Draw(), [Draw()], [], None), t([1.0]), set()
+    first, later = h.respond(d, True).follow, h.respond(d).follow
+    for s in np.linspace(-4, 4, 41):
+        gain = ((1 - np.exp(s)) ** 2 - (1 + s - np.exp(s)) ** 2) / 2
+        close = abs(gain - s**2 / 2) <= 0.9 * s**2 / 2 + 1e-12
+        assert bool(first(float(s), x + s)[1]) == close
+        found.add((close, bool(later(float(s), x + s)[1])))
+    assert found == {(True, True), (False, True), (False, False)}
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "start"),
+    [
+        *(("bisls-adam", "sigmoid", start) for start in (-8.0, -4.0, 6.0)),
+        *(("bisls-adam", "exp", start) for start in (-8.0, -4.0)),
+        *(
+            (method, shape, -4.0)
+            for method in ("bisls-sgd", "bisps")
+            for shape in ("sigmoid", "exp")
+        ),
+    ],
+)
+def test_a_first_step_from_a_saturated_start_stays_near(method, shape, start):
+    """y* = sigmoid(x) or e^x: along its tangent, nearly flat, x would go where it is flat again."""
+    target, curve = 0.3, getattr(torch, shape)
+    result = bilevel.solve(
+        lambda x, y: ((y - target) ** 2).sum() / 2,
+        lambda x, y: ((y - curve(x)) ** 2).sum() / 2,
+        *(torch.full((5,), start), torch.zeros(5)),
+        method=method,
+    )
+    assert float(((curve(result.x) - target) ** 2).sum() / 2) < 1e-6
+
+
 @pytest.mark.parametrize("times", [1, 60])
 def test_rounding_refuses_no_tangent(times):
     """A loss of 1 made of numbers that are so many times larger: too short a step to judge is

@@ -67,8 +67,8 @@ def wrong_way(h, *rest):
     """The response follows the tangent backwards."""
     respond = h.respond
 
-    def backwards(d):
-        course, y = respond(d), rest[2]
+    def backwards(d, *first):
+        course, y = respond(d, *first), rest[2]
         follow = course.follow
         return course._replace(follow=lambda t, xt: (2 * y - follow(t, xt)[0], follow(t, xt)[1]))
 

@@ -6,12 +6,15 @@ import importlib
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tasks import files
 
 
 def machine() -> dict[str, Any]:
@@ -67,5 +70,6 @@ def write(name: str, rows: Sequence[dict[str, Any]], folder: str = "docs/measure
     print(table(rows))
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
+    content = {"machine": machine(), "arguments": sys.argv[1:], "rows": list(rows)}
+    files.write(path, (json.dumps(content, indent=1) + "\n").encode())
     print(f"\n{machine()}\nwritten to {path}")

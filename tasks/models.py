@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel.rules import Armijo, Line
+import bilevel
+from bilevel.rules import Line
 
 from .data.batches import Epochs, endless, generator
 
@@ -190,7 +191,7 @@ def minimize(
 
 def descend(loss: Loss, start: Parameters, steps: int) -> Parameters:
     """Gradient descent under the line search of BiSLS: the inner steps of a bilevel run."""
-    rule, last, point = Armijo(), None, start
+    rule, last, point = bilevel.bisls().inner_rule, None, start
     for k in range(steps):
         value, slopes = value_and_gradient(loss, point)
 

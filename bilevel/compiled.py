@@ -141,8 +141,8 @@ def _mean(results: Sequence[Any]) -> Any:
 
 def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[str, Any]:
     """The compiled functions of a problem between two layouts, made once."""
-    found = problem.functions
-    if found.get("for") != (x, y):
+    found = problem.functions.get((x, y))
+    if found is None:
         outer, inner = partial(oracle.call, "outer"), partial(oracle.call, "inner")
         functions: dict[str, Function] = {
             "outer": outer,
@@ -153,9 +153,8 @@ def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[st
         }
         # random numbers as the plain loss draws them: a draw is one function for both
         options = {"fallback_random": True}
-        found.clear()
-        found |= {name: compiled(f, options=options) for name, f in functions.items()}
-        found["for"] = x, y
+        found = {name: compiled(f, options=options) for name, f in functions.items()}
+        problem.functions[x, y] = found
     return found
 
 

@@ -43,7 +43,7 @@ class Problem:
     # of each loss: whether it takes a batch, None where it may
     batched: dict[str, bool | None] = field(init=False, repr=False, compare=False)
     habit: Habit = field(default_factory=Habit, init=False, repr=False, compare=False)
-    # what torch.compile has made of the losses between the last two layouts
+    # what torch.compile has made of the losses between two layouts
     functions: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

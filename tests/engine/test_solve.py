@@ -12,6 +12,7 @@ import torch
 
 import bilevel
 from bilevel import ConjugateGradient, Implicit, Problem, Unrolled
+from bilevel.loop import _Source
 from bilevel.problem import Pullback
 from tests.engine import oracles
 from tests.tables import METHODS, NESTED, QUADRATIC, RIDGES, Weights, flat, leaves, t
@@ -541,3 +542,54 @@ def test_unrolled_in_a_method_needs_no_more_calls():
     method = bilevel.fixed("sgd", 0.1, 0.1, Unrolled(recompute=True))
     _, record = method.step(Problem(case.outer, case.inner), method.init(case.x, case.y), None, 5)
     assert (record.gradients, record.hessian_products, record.loss_evaluations) == (11, 5, 0)
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def weighed(x, y, b):
+    return (b * (y - 1) ** 2).sum()
+
+
+def pulled(x, y, b):
+    return (b * (y - x) ** 2).sum() + (y**2).sum()
+
+
+def test_an_outer_batch_that_comes_twice_counts_twice():
+    x, y, (a, b) = t([0.5, 0.2]), t([0.1, 0.3]), (t([1.0, 2.0]), t([3.0, 5.0]))
+    method = replace(bilevel.bisls("sgd"), outer_batches=3)
+    result = bilevel.solve(
+        weighed, pulled, x, y, outer_data=[a, a, b], inner_data=[a], method=method, steps=1
+    )
+    mean = replace(bilevel.bisls("sgd"), outer_batches=1)
+    whole = bilevel.solve(
+        weighed, pulled, x, y, outer_data=[(2 * a + b) / 3], inner_data=[a], method=mean, steps=1
+    )
+    one, other = result.history[0], whole.history[0]
+    assert one.outer_batches == 3
+    assert one.outer_loss == pytest.approx(other.outer_loss, rel=1e-14)
+    assert one.hypergrad_norm == pytest.approx(other.hypergrad_norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["bisls-adam", "bisls-sgd"])
+def test_one_pair_is_one_batch_of_each(method):
+    a, b = t([1.0, 2.0]), t([3.0, 5.0])
+    start = {"x": t([0.5, 0.2]), "y": t([0.1, 0.3]), "method": method, "steps": 8}
+    pair = bilevel.solve(weighed, pulled, data=[(a, b)], **start)
+    apart = bilevel.solve(weighed, pulled, outer_data=[a], inner_data=[b], **start)
+    assert torch.equal(pair.x, apart.x)
+
+
+class OfTwo:
+    """The first of two ranks, where the other one has three batches."""
+
+    size = 2
+
+    def numbers(self, function):
+        return [function(), 3]
+
+
+def test_a_rank_with_fewer_batches_gives_some_again():
+    source = _Source([t(1.0)], [t(2.0), t(3.0)], None, 1, OfTwo())
+    _, _, drawn, more = source.next((2, 1), (8, 1))
+    assert len(drawn) == 3 and len(more) == 2  # one to average, and one that judges

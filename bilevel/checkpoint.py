@@ -57,13 +57,11 @@ def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = Fal
 
 def _keep(path: Path) -> None:
     """Make the file ``<path>.old`` as well; at every moment it is still there at ``path``."""
-    file, name = _temporary(path)
-    file.close()
+    name = _scratch(path)
     try:
-        name.unlink()
         try:
             os.link(path, name)
-        except (OSError, NotImplementedError):  # not every file system has links
+        except OSError:  # not every file system has links
             shutil.copyfile(path, name)
         os.replace(name, f"{path}.old")
     finally:
@@ -77,10 +75,15 @@ def _unwritten(path: Path, error: Exception, instead: str) -> OSError:
     )
 
 
+def _scratch(path: Path) -> Path:
+    """A name beside ``path`` that no file has."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def _temporary(path: Path) -> tuple[BinaryIO, Path]:
     """A new file beside ``path``, open, and its name. Those of tempfile are for the user alone,
     but a checkpoint is to have the rights of any other file."""
-    name = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    name = _scratch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(name, "xb"), name
@@ -231,20 +234,22 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if type(value) is list:
         return [_plain(part) for part in value]
-    own = type(value).__module__ != "numpy" or not isinstance(value, Number)
-    return value if own else value.item()
+    of_numpy = type(value).__module__ == "numpy" and isinstance(value, Number)
+    return value.item() if of_numpy else value
 
 
 def _refuse_other(layout: Layout, paths: list[str], shapes: Any, saved: torch.Tensor) -> None:
     """Refuse a variable of another structure, naming the first leaf that is not the same."""
-    same = layout.paths == paths and layout.dtype == saved.dtype and layout.size == saved.numel()
-    now = list(map(list, layout.shapes))
-    if same and now == (shapes or now):  # files did not always hold the shapes
+
+    def named(paths: list[str], of: Any) -> list[str]:
+        if not shapes:  # files did not always hold them
+            return paths
+        return [f"{p} {tuple(s)}" for p, s in zip(paths, of, strict=True)]
+
+    held, here = named(paths, shapes), named(layout.paths, layout.shapes)
+    same = layout.dtype == saved.dtype and layout.size == saved.numel()
+    if same and held == here:
         return
-    held = [f"{p} {tuple(s)}" for p, s in zip(paths, shapes, strict=True)] if shapes else paths
-    here = [f"{p} {tuple(s)}" for p, s in zip(layout.paths, now, strict=True)]
-    if not shapes:
-        here = layout.paths
     pairs = zip_longest(held, here, fillvalue="nothing")
     differ = next((f": {a} is now {b}" for a, b in pairs if a != b), "")
     raise ValueError(

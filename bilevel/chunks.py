@@ -97,7 +97,7 @@ class Chunks:
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
-            drawn = _Drawn(joined.loop, self.source.different())
+            drawn = _Pool(joined.loop, self.source.different())
             fits, ready = drawn.add(batches), self._prepared.get(joined.kind)
             if ready is None:
                 ready = self._prepare(state, batches, drawn if fits else None, joined)
@@ -142,7 +142,7 @@ class Chunks:
         )
 
     def _prepare(
-        self, state: State, batches: Batches, drawn: _Drawn | None, joined: _Joined
+        self, state: State, batches: Batches, drawn: _Pool | None, joined: _Joined
     ) -> _Prepared | None:
         """The function and the room for the batches; or a refusal."""
         if drawn is None:
@@ -206,7 +206,7 @@ class Chunks:
         return ready
 
     def _several(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Drawn, count: int
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Pool, count: int
     ) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
@@ -234,7 +234,7 @@ class Chunks:
         return self._unpack(state, outcome, taken, began, joined)
 
     def _run(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Drawn
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Pool
     ) -> tuple[Tensor, ...] | None:
         with torch.no_grad():  # batches may be part of someone's graph
             for level, stacks in enumerate(ready.stacks):
@@ -389,7 +389,7 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
     return "several ranks solve the problem" if Ranks(device).size > 1 else None
 
 
-class _Drawn:
+class _Pool:
     """The batches of several iterations: of each level the outer, the inner, the Hessian ones.
 
     Args:

@@ -92,28 +92,29 @@ class Cycle:
         return self._ahead[0]
 
     def _read(self) -> Any:
-        if self._one:
-            batch = self.data[0]
-        else:
-            if self._iterator is None:
-                self._begin()
-            assert self._iterator is not None
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                if self._position == 0:
-                    raise ValueError(
-                        f"{self.name} is empty: iterating over it gave no batch; pass at least one "
-                        f"(with a DataLoader, see drop_last and the length of its dataset)."
-                    ) from None
-                self._begin()
-                return self._read()
-            self._position += 1
+        batch = self.data[0] if self._one else self._advance()
         if batch is None:
             raise TypeError(
                 f"{self.name} gave None as a batch, which stands for no batch at all; give "
                 f"something else, or pass {self.name}=None and write a loss without a batch."
             )
+        return batch
+
+    def _advance(self) -> Any:
+        if self._iterator is None:
+            self._begin()
+        assert self._iterator is not None
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._position == 0:
+                raise ValueError(
+                    f"{self.name} is empty: iterating over it gave no batch; pass at least one "
+                    f"(with a DataLoader, see drop_last and the length of its dataset)."
+                ) from None
+            self._begin()
+            return self._advance()
+        self._position += 1
         return batch
 
     def take(self, count: int) -> list[Any]:

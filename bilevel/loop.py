@@ -192,7 +192,7 @@ def solve(
             feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
             state = replace(state, vectors=(feasible, start), cost=oracle.cost)
         while state.k < steps and not ended:
-            begin, good = state, (state.vectors, state.solver)
+            before = begin = state
             if not warm_start:
                 begin = replace(state, vectors=(state.vectors[0], start), solver=None)
             try:
@@ -219,7 +219,7 @@ def solve(
             history += records
             if len(records) == 1 and record.failure is not None and state.failures == 0:
                 # the state is that at its beginning, where y may be the start
-                state = replace(state, vectors=good[0], solver=good[1])
+                state = replace(state, vectors=before.vectors, solver=before.solver)
             saver.note(state, history)
             bar.update(record)
             if record.failure is not None and (

@@ -21,7 +21,7 @@ from bilevel import require
 from bilevel.layout import Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
-from bilevel.reuse import Habit, Reuse
+from bilevel.reuse import Habit, Reuse, without_graph
 
 
 @dataclass(frozen=True)
@@ -272,16 +272,8 @@ class Oracle:
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         """The loss, without a graph; where it takes derivatives itself, with those of its own."""
         self.cost.loss_evaluations += draw.count
-        habit = self.problem.habit
-        try:
-            with torch.set_grad_enabled(habit.differentiates):
-                return self._loss(level, x, y, draw).detach()
-        except RuntimeError as error:
-            if habit.differentiates or "does not require grad" not in str(error):
-                raise
-        habit.differentiates = True
-        with torch.enable_grad():
-            return self._loss(level, x, y, draw).detach()
+        loss = partial(self._loss, level, x, y, draw)
+        return without_graph(self.problem.habit, loss).detach()
 
     def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
         """The loss at several y, without a graph; what y does not enter is done once a draw."""

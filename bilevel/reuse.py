@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,26 @@ class Habit:
     once: int = 0
     largest: int | None = None
     differentiates: bool = False
+
+
+T = TypeVar("T")
+
+
+class Differentiating(Protocol):
+    differentiates: bool  # whether a loss takes derivatives itself
+
+
+def without_graph(known: Differentiating, loss: Callable[[], T]) -> T:
+    """``loss()``, without a graph; where it takes derivatives itself, with those of its own."""
+    try:
+        with torch.set_grad_enabled(known.differentiates):
+            return loss()
+    except RuntimeError as error:
+        if known.differentiates or "does not require grad" not in str(error):
+            raise
+    known.differentiates = True
+    with torch.enable_grad():
+        return loss()
 
 
 class Reuse:

@@ -51,7 +51,7 @@ class _Cache:
     decision: Decision | None = None
     finite: Tensor | None = None  # whether the numbers of the decision were
     lr: float = 1.0  # of its first group
-    differentiates = False  # whether the closure of a search takes derivatives itself
+    differentiates: bool = False  # whether the closure of a search takes derivatives itself
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -278,8 +278,6 @@ class Optimizer(torch.optim.Optimizer):
         for name, value in self._memory.items():
             if name not in s:  # (1,): torch.compile loses writes to 0-dim float64 on the CPU
                 s[name] = _scalar(value, name, home).view(1)
-            elif s[name].device != home:
-                s[name] = s[name].to(home)
         return {name: s[name].view(()) for name in self._memory}
 
     # -- parameters and state ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from bilevel import require
+from bilevel.reuse import without_graph
 from bilevel.steps import Search, armijo
 from optim import check, rules
 from optim.base import Closure, Last, Optimizer, Scalar, _scalar
@@ -146,16 +147,13 @@ class _LineSearch(Optimizer):
         self._last = Last(step, value - found.value, norm2, active)
 
     def _trial(self, closure: Closure, rng: _Generators) -> Any:
-        """The loss, without a graph; where it takes derivatives itself, with those of its own."""
-        try:
-            with rng.replayed(), torch.set_grad_enabled(self._cache.differentiates):
+        """The loss, on the random numbers of the first call."""
+
+        def loss() -> Any:
+            with rng.replayed():
                 return closure()
-        except RuntimeError as error:
-            if self._cache.differentiates or "does not require grad" not in str(error):
-                raise
-        self._cache.differentiates = True
-        with rng.replayed(), torch.enable_grad():
-            return closure()
+
+        return without_graph(self._cache, loss)
 
 
 class _Line:

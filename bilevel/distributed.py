@@ -249,10 +249,6 @@ class AveragedOracle(Oracle):
         """All of them: a batch may come twice to one rank, but each must do as much."""
         return draws[:1] if draws[0].batch is None else draws
 
-    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
-        like = [self._scalar(y) for y in ys]
-        return self.ranks.mean(lambda: self._local.values(level, x, ys, draw), like)
-
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw
     ) -> tuple[Tensor, tuple[bool, bool]]:
@@ -278,6 +274,16 @@ class AveragedOracle(Oracle):
 
         gy, value = self.ranks.mean(call, (y, self._scalar(y)))
         return value, gy
+
+    def inner_gradient_beside(
+        self, x: Tensor, y: Tensor, other: Tensor, draw: Draw
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def call() -> tuple[Tensor, ...]:
+            value, gy, there = self._local.inner_gradient_beside(x, y, other, draw)
+            return gy, value, there
+
+        gy, value, there = self.ranks.mean(call, (y, self._scalar(y), self._scalar(y)))
+        return value, gy, there
 
     def inner_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         def call() -> tuple[Tensor, ...]:

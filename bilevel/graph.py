@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
 from bilevel.average import Average
-from bilevel.hypergradients import Estimate, Implicit
+from bilevel.hypergradients import Estimate, Followed, Implicit
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method, is_behind, slopes, unsound
@@ -25,6 +25,7 @@ from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import LEAST_C, MOST_C, Armijo, Moments
 from bilevel.traced import Counted, Run, Traced, move
+from bilevel.trials import ceiling
 
 # what goes from one iteration to the next beside the vectors, as one vector of float64; a step
 # that there is not yet is NaN
@@ -253,7 +254,13 @@ class Iterations:
             inner_trials=inner.trials,
             inner_failures=inner.failures,
             failed=failed,
-            gradients=torch.zeros_like(alpha) + self.steps + m + many + told + self.watches[1],
+            gradients=torch.zeros_like(alpha)
+            + self.steps
+            + m
+            + many
+            + told
+            + self.watches[1]
+            + step.follows * many * step.trials,
             hessian_products=many * sum(solver.counts, torch.zeros_like(alpha))
             + int(self.watches[1]),
             loss_evaluations=inner.trials + evaluations + m * int(self.averaged),
@@ -311,31 +318,35 @@ class Iterations:
         """The outer step along d; ``many``: outer and Hessian batches in one evaluation."""
         x, y = point
         rule, follow = self.method.outer_rule, None
+        most, first = ceiling(h.value), last.isnan()
         apart: Tensor | float = torch.nan
         slope = torch.dot(h.grad, d)
         if isinstance(rule, Armijo):
             if self.method.response == "frozen":
                 slope = torch.dot(h.direct, d)
             else:
-                slope, apart, follow = h.respond(d, last.isnan())
+                slope, apart, follow = h.respond(d, first)
 
-        def reach(t: Tensor) -> tuple[Tensor, Tensor, Tensor | bool]:
+        def reach(t: Tensor) -> tuple[Tensor, Followed]:
             t = t.to(x.dtype)
             xt = x + t * d
-            yt, trusted = follow(t, xt) if follow is not None else (y, True)
-            return xt, torch.where(t > 0, yt, y), trusted
+            return xt, follow(t, xt) if follow is not None else Followed(y, True, y)
 
         def phi(t: Tensor) -> tuple[Tensor, Tensor | int]:
-            xt, yt, trusted = reach(t)
+            xt, (yt, trusted, bent) = reach(t)
             value = oracle.value("outer", xt, yt, outer)
             if follow is None:
                 return value, many[0]
             assert isinstance(trusted, Tensor)
-            return torch.where(trusted, value, torch.inf), trusted * many[0] + 2 * many[1]
+            there = oracle.value("outer", xt, bent, outer)
+            twice = trusted & ~first & (there <= most)
+            value = torch.where(trusted & first, there, torch.where(twice, value, torch.inf))
+            return value, (trusted + 0 + twice) * many[0] + many[1]
 
         found = move(rule, h.value, slope, phi, k, last, c, extrapolates=True)
         size, last, trials, failed, evaluations = found
-        new_x, new_y, _ = reach(size)
+        new_x, followed = reach(size)
+        new_y = torch.where(size > 0, followed.y, y)
         follows = follow is not None
         return _Outer(
             new_x, new_y, size, last, trials, failed > 0, evaluations, slope, apart, follows

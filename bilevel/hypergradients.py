@@ -4,7 +4,8 @@ Each method estimates the hypergradient and knows the *response* that it differe
 follows when x moves along a direction. A line search on that very response has the slope that the
 hypergradient predicts, so that it cannot fail for want of a descent direction:
 
-* implicit: y(t) = y + t w with  g_yy w = -g_yx d,  the tangent of y*, as far as it can be trusted;
+* implicit: y(t) = y + t w with  g_yy w = -g_yx d,  the tangent of y*, as far as it can be trusted,
+  bent as far as f sees y* bend;
 * unrolled: y(t) = the end of the same inner steps, taken at x + t d.
 """
 
@@ -19,11 +20,30 @@ import torch
 from torch import Tensor
 
 from bilevel import require
-from bilevel.linear import PRODUCTS, UNTAUGHT, Learned, Neumann, Solver, series_step, watched
+from bilevel.linear import (
+    CONCAVE,
+    PRODUCTS,
+    UNTAUGHT,
+    Learned,
+    Neumann,
+    Solver,
+    series_step,
+    watched,
+)
 from bilevel.problem import Draw, Oracle, Products
 
-# (t, x + t d) -> y(t), and whether it can be trusted
-Follow = Callable[["float | Tensor", Tensor], tuple[Tensor, "Tensor | bool"]]
+
+class Followed(NamedTuple):
+    """Where y is by x + t d; whether that can be trusted; and with it as far as f sees y* bend,
+    which is y itself where nothing is known of that."""
+
+    y: Tensor
+    trusted: Tensor | bool
+    bent: Tensor
+
+
+# (t, x + t d) -> y there
+Follow = Callable[["float | Tensor", Tensor], Followed]
 
 
 class Course(NamedTuple):
@@ -194,7 +214,7 @@ class Implicit:
         error = torch.linalg.vector_norm(gyy_q - fy)
         residual = torch.where(norm > 0, error / norm, error)
 
-        fyq = torch.dot(fy, q)
+        fyq, lag = torch.dot(fy, q), torch.dot(q, pull.gradient)
 
         def respond(d: Tensor, first: bool | Tensor = False) -> Course:
             c = -pull.forward(d)
@@ -207,24 +227,32 @@ class Implicit:
             w = w + torch.where(fyq > 0, missed / fyq, 0.0) * q
             drift = torch.dot(pull.gradient, w)  # zero where y solves the inner problem
             half = torch.dot(c, w) / 2
+            skew = torch.dot(gyy_q, w) - torch.dot(q, c)  # of <q, g_y> along t, zero if w is exact
 
-            def follow(t: float | Tensor, xt: Tensor) -> tuple[Tensor, Tensor | bool]:
+            def follow(t: float | Tensor, xt: Tensor) -> Followed:
                 # going along the tangent must serve the inner loss better than staying: to first
                 # order it gains t^2 w g_yy w / 2; where it loses, y* has turned away from it. A
                 # first step, sought over many decades, is to be where this still holds: phi is as
                 # straight as the tangent, and far from an x of e^x or of a sigmoid y* is elsewhere
                 yt = y + t * w
-                moved, stayed = oracle.values("inner", xt, (yt, y), draw)
+                moved, gy, stayed = oracle.inner_gradient_beside(xt, yt, y, draw)
                 stayed = stayed + t * drift
                 rounding = ROUNDING * torch.finfo(y.dtype).eps * stayed.abs()
                 # where g overflows it does so from either y, and says nothing
                 trusted = (moved <= stayed + rounding) & moved.isfinite()
-                if first is False:
-                    return yt, trusted
-                gain, said = stayed - moved, t * t * half
-                close = gain >= (1 - CLOSE) * said - rounding
-                close = close & (gain <= (1 + CLOSE) * said + rounding)
-                return yt, trusted & (close | ~torch.as_tensor(first))
+                if first is not False:
+                    gain, said = stayed - moved, t * t * half
+                    close = gain >= (1 - CLOSE) * said - rounding
+                    close = close & (gain <= (1 + CLOSE) * said + rounding)
+                    trusted = trusted & (close | ~torch.as_tensor(first))
+                if now.concave > CONCAVE:  # q tells of no solution
+                    return Followed(yt, trusted, yt)
+                # on the way from y(t) to y* f changes by -<q, g_y> to first order. What of it is
+                # not of y, nor of w, is of y*, which bends; the smallest change of y(t), in the
+                # norm of g_yy, that makes up for it lies along q
+                turn = torch.dot(q, gy) - lag - t * skew
+                bent = yt - torch.where(fyq > 0, turn / fyq, 0.0) * q
+                return Followed(yt, trusted, bent)
 
             return Course(fixed + torch.dot(fy, w), apart, follow)
 
@@ -236,7 +264,6 @@ class Implicit:
             excess = torch.dot(q, there.product(q)) / here - 1
             return torch.where(here > 0, excess, torch.nan), torch.dot(q, there.gradient)
 
-        lag = torch.dot(q, pull.gradient)
         return Estimate(
             grad=fx - gxy_q,
             direct=fx,
@@ -388,11 +415,11 @@ class Unrolled:
         def respond(d: Tensor, first: bool | Tensor = False) -> Course:
             del first  # the steps themselves are taken at x(t)
 
-            def replay(t: float | Tensor, xt: Tensor) -> tuple[Tensor, bool]:
+            def replay(t: float | Tensor, xt: Tensor) -> Followed:
                 y_t = path[0].y if path else y
                 for _, draw, size, _ in path:
                     y_t = y_t - size * oracle.inner_gradient(xt, y_t, draw)[1]
-                return y_t, True
+                return Followed(y_t, True, y_t)
 
             return Course(torch.dot(grad, d), math.nan, replay)
 

@@ -275,11 +275,6 @@ class Oracle:
         loss = partial(self._loss, level, x, y, draw)
         return without_graph(self.problem.habit, loss).detach()
 
-    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
-        """The loss at several y, without a graph; what y does not enter is done once a draw."""
-        each = [torch.stack([self.value(level, x, y, d) for y in ys]) for d in draw.draws]
-        return list(torch.stack(each).mean(0).unbind())
-
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw
     ) -> tuple[Tensor, tuple[bool, bool]]:
@@ -310,6 +305,16 @@ class Oracle:
             value = self._loss("inner", x, y, draw)
             (gy,) = _gradients(value, (y,))
         return value.detach(), gy
+
+    def inner_gradient_beside(
+        self, x: Tensor, y: Tensor, other: Tensor, draw: Draw
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g and g_y, and g at another y; what y does not enter is done once a draw."""
+        each = [
+            (*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in draw.draws
+        ]
+        value, gy, there = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))
+        return value, gy, there
 
     def inner_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """g, g_x, g_y."""

@@ -66,11 +66,7 @@ class Traced:
         return self._oracle.call(level, x, y, batch)
 
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        return self.values(level, x, [y], draw)[0]
-
-    def values(self, level: str, x: Tensor, ys: Sequence[Tensor], draw: Draw) -> list[Tensor]:
-        zeros = tuple(x.new_zeros(()) for _ in ys)
-        return list(self.mean(level, draw, lambda loss: tuple(loss(x, y) for y in ys), zeros))
+        return self.mean(level, draw, lambda loss: (loss(x, y),), (x.new_zeros(()),))[0]
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         def function(loss: Loss) -> Tensors:
@@ -87,6 +83,17 @@ class Traced:
 
         gy, value = self.mean("inner", draw, function, (torch.zeros_like(y), y.new_zeros(())))
         return value, gy
+
+    def inner_gradient_beside(
+        self, x: Tensor, y: Tensor, other: Tensor, draw: Draw
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def function(loss: Loss) -> Tensors:
+            gy, value = grad_and_value(loss, argnums=1)(x, y)
+            return value, gy, loss(x, other)
+
+        zeros = (y.new_zeros(()), torch.zeros_like(y), y.new_zeros(()))
+        value, gy, there = self.mean("inner", draw, function, zeros)
+        return value, gy, there
 
     def record(self, x: Tensor, y: Tensor, draw: Draw) -> TracedProducts:
         if draw is not self._whole:

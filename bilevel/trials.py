@@ -8,18 +8,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bilevel.hypergradients import Estimate
+from bilevel.hypergradients import Estimate, Followed
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Line
 
 Response = Literal["tangent", "refine", "frozen"]
 
 
+def ceiling(value: Tensor) -> Tensor:
+    """The loss and its rounding: what is not as low has risen."""
+    return value + 8 * torch.finfo(value.dtype).eps * value.abs()
+
+
 class Trials:
     """phi(t) = f(x(t), y(t)) along d, with y(t) one of
 
     * 'tangent': the response that the hypergradient differentiates (see
-      :mod:`bilevel.hypergradients`); its slope is that of h, so that some t always does;
+      :mod:`bilevel.hypergradients`); its slope is that of h, so that some t always does. Where f
+      rises once y bends with y*, t is refused. The first search, which ranges far, goes by the
+      bent y; later ones do not, since from y(t) inner steps go but a part of the way to y*;
     * 'refine': one inner step of the last size taken at x(t), at the base as well: closest to the
       paper's words. It answers by a part of the response only, and may find no t where y is far
       from its solution;
@@ -45,7 +52,7 @@ class Trials:
         (self.x, self.y), self.response = point, response
         self._h, self._d, self._inner_size = h, d, inner_size
         self._projects = oracle.problem.project is not None
-        self._seen: dict[float, tuple[Tensor, Tensor | None]] = {}
+        self._seen: dict[float, tuple[Tensor, Followed]] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
         self._kappa, self._first = kappa, first
@@ -65,6 +72,10 @@ class Trials:
         """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""
         if isinstance(t, Tensor):
             return self._oracle.project(self.x + t * self._d), self.y
+        xt, followed = self._try(t)
+        return xt, followed.y if bool(followed.trusted) else None
+
+    def _try(self, t: float) -> tuple[Tensor, Followed]:
         if t not in self._seen:
             if len(self._seen) > 2:  # an accepted trial is one of the last three
                 del self._seen[next(iter(self._seen))]
@@ -76,23 +87,26 @@ class Trials:
             self._seen[t] = xt, self._respond(t, xt, bent)
         return self._seen[t]
 
-    def _respond(self, t: float, xt: Tensor, bent: bool) -> Tensor | None:
+    def _respond(self, t: float, xt: Tensor, bent: bool) -> Followed:
+        if self._follow is not None and t > 0:
+            if bent:  # the tangent along the arc that the projection bends
+                return self._h.respond(xt - self.x, self._first).follow(1.0, xt)
+            return self._follow(t, xt)
+        y = self.y
         if self.response == "refine":
-            _, gy = self._oracle.inner_gradient(xt, self.y, self._inner)
-            return self.y - self._inner_size * gy
-        if self._follow is None or t == 0:
-            return self.y
-        if bent:  # the tangent along the arc that the projection bends
-            yt, trusted = self._h.respond(xt - self.x, self._first).follow(1.0, xt)
-        else:
-            yt, trusted = self._follow(t, xt)
-        return yt if bool(trusted) else None
+            y = y - self._inner_size * self._oracle.inner_gradient(xt, y, self._inner)[1]
+        return Followed(y, True, y)
 
     def phi(self, t: float) -> Tensor:
-        xt, yt = self.reach(t)
-        if yt is None:
+        xt, followed = self._try(t)
+        if not bool(followed.trusted):
             return torch.full_like(self._h.value, math.inf)
-        return self._oracle.value("outer", xt, yt, self._outer)
+        value = self._oracle.value("outer", xt, followed.bent, self._outer)
+        if self._first or followed.bent is followed.y:
+            return value
+        if not bool(value <= ceiling(self._h.value)):
+            return torch.full_like(value, math.inf)
+        return self._oracle.value("outer", xt, followed.y, self._outer)
 
     def _predicted(self, t: float) -> float:
         """<h, x(t) - x>: what the projection cuts off cannot be gained."""

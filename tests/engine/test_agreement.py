@@ -98,8 +98,8 @@ def test_the_slopes_are_those_of_the_step_on_both_batches() -> None:
     found = new.agreement
     assert found.signal == pytest.approx(-fresh, rel=1e-10)
     assert found.noise == pytest.approx(2 * (fresh - own), rel=1e-10)
-    # two gradients of f, one more to judge, one of g with its graph
-    assert record.gradients == 2 + 1 + 1
+    # two gradients of f, one more to judge, one of g with its graph, and one a trial
+    assert record.gradients == 2 + 1 + 1 + record.outer_trials
 
 
 def test_several_batches_are_one_of_their_mean() -> None:

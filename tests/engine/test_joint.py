@@ -80,7 +80,9 @@ def test_a_batch_that_comes_twice_is_one():
             outer, watched, X, Y, inner_data=data, method=method, steps=1, inner_steps=1
         )
         assert len(set(seen)) >= most
-        assert result.history[-1].gradients == 4 + most  # a look at both losses, y, f, and graphs
+        (record,) = result.history
+        # a look at both losses, y, f, and graphs; and those that a trial is judged by
+        assert record.gradients == 4 + most * (1 + record.outer_trials)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
@@ -104,13 +106,15 @@ def test_a_trial_follows_the_tangent_of_their_mean(compile):
     assert torch.allclose(*(h.lag for h in estimates), **close)
 
 
-def test_values_at_several_y():
+def test_a_gradient_beside_a_value():
     oracle = make_oracle(Problem(outer, inner), Layout(X, "x"), Layout(Y, "y"))
     several = oracle.joint([Draw(p) for p in PARTS])
-    found = oracle.values("inner", X, (Y, 2 * Y), several)
-    assert oracle.cost.loss_evaluations == 6
-    for value, y in zip(found, (Y, 2 * Y), strict=True):
-        assert torch.allclose(value, inner(X, y, batch(*range(12))), rtol=1e-13)
+    *found, there = oracle.inner_gradient_beside(X, Y, 2 * Y, several)
+    assert (oracle.cost.gradients, oracle.cost.loss_evaluations) == (3, 3)
+    every = Draw(batch(*range(12)))
+    for mine, other in zip(found, oracle.inner_gradient(X, Y, every), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-13)
+    assert torch.allclose(there, oracle.value("inner", X, 2 * Y, every), rtol=1e-13)
 
 
 @pytest.mark.parametrize("average", [0, -1, 1.5, "two", True])

@@ -69,8 +69,12 @@ def wrong_way(h, *rest):
 
     def backwards(d, *first):
         course, y = respond(d, *first), rest[2]
-        follow = course.follow
-        return course._replace(follow=lambda t, xt: (2 * y - follow(t, xt)[0], follow(t, xt)[1]))
+
+        def follow(t, xt):
+            there = course.follow(t, xt)
+            return there._replace(y=2 * y - there.y, bent=2 * y - there.bent)
+
+        return course._replace(follow=follow)
 
     h.respond = backwards
     return h

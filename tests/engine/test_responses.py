@@ -150,7 +150,7 @@ def test_tangent_is_refused_where_the_inner_loss_gets_worse():
     for time in np.linspace(1e-3, 0.05, 50):
         p = 30 * time
         worse = (5 * p - math.sin(5 * p)) ** 2 > math.sin(5 * p) ** 2
-        point, trusted = follow(float(time), x + float(time) * d)
+        point, trusted, _ = follow(float(time), x + float(time) * d)
         assert bool(trusted) != worse
         if trusted:
             assert float(point) == pytest.approx(5 * p, rel=1e-9)
@@ -236,3 +236,100 @@ def test_no_step_is_taken_onto_a_refused_tangent():
     assert p > 0 and record.failure is None and record.outer_trials > 5
     assert (5 * p - math.sin(5 * p)) ** 2 <= math.sin(5 * p) ** 2
     assert float(state.y) == pytest.approx(5 * p, rel=1e-6)
+
+
+# -- where y* bends -------------------------------------------------------------------------------
+
+
+def curving(a):
+    """y* = Q (x^2, 10 x) with g_yy = Q^-T Q^-1, and f linear in y: along the tangent, straight."""
+    Q = t([[1.0, 0.4], [-0.3, 2.0]])
+    back = torch.linalg.inv(Q)
+
+    def solution(x):
+        return Q @ torch.stack([x[0] ** 2, 10 * x[0]])
+
+    def inner(x, y):
+        return ((back @ (y - solution(x))) ** 2).sum() / 2
+
+    return solution, lambda x, y: torch.dot(a, y), inner
+
+
+@pytest.mark.filterwarnings("default")  # torch.func warns of its own parts
+def test_the_bent_response_knows_the_second_order_of_the_solved_loss():
+    """d^2/dt^2 f(x + t d, y*(x + t d)) by differences of the solved problem; y off its solution
+    by little."""
+    rows, labels = t([[1.0, 0.3], [-0.7, 2.0], [0.4, 0.9]]), t([0.5, -1.0, 2.0])
+
+    def inner(x, y):
+        return ((rows @ y - labels).exp().sum() + (x.exp() * y**2).sum()) / 3
+
+    def outer(x, y):
+        return ((y - 1) ** 2 * t([1.0, 3.0])).sum() + torch.dot(x, y)
+
+    def solved(x):
+        y = torch.zeros(2, dtype=torch.float64)
+        for _ in range(50):
+            gradient = torch.func.grad(inner, 1)(x, y)
+            y = y - torch.linalg.solve(torch.func.hessian(inner, 1)(x, y), gradient)
+        return y
+
+    x, d = t([0.2, -0.5]), t([0.7, 0.4])
+    oracle = Oracle(Problem(outer, inner), Layout(x, "x"), Layout(x, "y"))
+    h = EXACT.estimate(oracle, x, solved(x), Draw(), [Draw()], [], None)
+    follow, s = h.respond(d).follow, 1e-3
+
+    def second(at):
+        values = [float(outer(x + u * d, at(u))) for u in (-s, 0.0, s)]
+        return (values[0] - 2 * values[1] + values[2]) / s**2
+
+    truth = second(lambda u: solved(x + u * d))
+    assert second(lambda u: follow(u, x + u * d).bent) == pytest.approx(truth, rel=1e-5)
+    straight = second(lambda u: follow(u, x + u * d).y)
+    assert abs(straight - truth) > 0.1 * abs(truth)  # or there is nothing to tell
+
+
+def test_the_bent_response_of_a_quadratic_lag_is_exact():
+    """With f linear in y and g_yy constant it has the value of the solved problem at any t, from
+    a y that lags behind."""
+    a, x, lag = t([2.0, 0.7]), t([1.5]), t([0.3, -0.2])
+    solution, outer, inner = curving(a)
+    y = solution(x) + lag
+    oracle = Oracle(Problem(outer, inner), Layout(x, "x"), Layout(y, "y"))
+    h = EXACT.estimate(oracle, x, y, Draw(), [Draw()], [], None)
+    follow = h.respond(t([1.0])).follow
+    for s in (-2.0, 1e-3, 0.5, 30.0):
+        there = follow(s, x + s)
+        assert float(outer(x, there.bent)) == pytest.approx(
+            float(outer(x, solution(x + s) + lag)), rel=1e-10
+        )
+        assert relative(there.y, y + s * (solution(x + 1) - solution(x - 1)) / 2) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["bisls-adam", "bisls-sgd"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_straight_loss_and_a_bent_solution(method, compile):
+    """f = y_1 of y* = (x^2, 10 x): on the tangent f falls for ever, and x went to 8 and on."""
+    solution, outer, inner = curving(t([1.0, -0.2]))  # f(y*) = 1.06 x^2
+    result = bilevel.solve(
+        *(outer, inner, t([1.0]), torch.zeros(2, dtype=torch.float64)),
+        **dict(method=method, compile=compile),
+    )
+    least = min(float(outer(None, solution(t([s])))) for s in np.linspace(-5, 5, 10001))
+    start, end = (float(outer(None, solution(x))) for x in (t([1.0]), result.x))
+    assert end - least < 1e-6 * (start - least)
+
+
+@pytest.mark.parametrize("method", ["bisls-adam", "bisls-sgd", "bisps"])
+def test_a_linear_loss_of_logarithms_of_probabilities(method):
+    """y* = log softmax(x), f = -<b, y>: the first step was 5e11 long."""
+    b = t([0.1, 0.2, 0.3, 0.25, 0.15])
+    result = bilevel.solve(
+        lambda x, y: -torch.dot(b, y),
+        lambda x, y: ((y - x.log_softmax(0)) ** 2).sum() / 2,
+        *(torch.zeros(5, dtype=torch.float64),) * 2,
+        method=method,
+    )
+    entropy = -float(torch.dot(b, b.log()))
+    loss = -float(torch.dot(b, result.x.log_softmax(0)))
+    assert loss - entropy < {"bisps": 0.05}.get(method, 1e-6)

@@ -289,20 +289,26 @@ def test_counters(name, monkeypatch):
 
 @pytest.mark.parametrize("corrects", [True, False])
 def test_counts_of_one_iteration_by_hand(corrects):
-    """BiSLS-SGD, one inner step: gradients inner + f + the pullback; products CG + residual +
-    response; losses one per trial, inner or outer, and two looks at the inner loss per outer
-    trial on the tangent, of which one is refused before f is looked at. A correction is one more
-    system, and a look before and after it."""
+    """BiSLS-SGD, one inner step: gradients inner + f + the pullback, and one per outer trial on
+    the tangent; products CG + residual + response; losses one per trial, inner or outer, and a
+    look at the inner loss per outer trial, of which one is refused before f is looked at. A
+    correction is one more system, and a look before and after it. In the second iteration f is
+    looked at twice."""
     case = RIDGES[0]
     method = bilevel.bisls("sgd", hypergradient=Implicit(ConjugateGradient(4, 0.0)))
     method = replace(method, corrects=corrects)
-    state, record = method.step(
-        Problem(case.outer, case.inner), method.init(case.x, case.y), None, 1
-    )
-    assert record.gradients == 1 + 1 + 1
+    problem = Problem(case.outer, case.inner)
+    state, record = method.step(problem, method.init(case.x, case.y), None, 1)
+    assert record.gradients == 1 + 1 + 1 + record.outer_trials
     assert record.hessian_products == (4 + 1) + (1 + 4) + corrects * 4
-    looks = record.inner_trials + 3 * record.outer_trials - 1 + corrects * 2
+    looks = record.inner_trials + 2 * record.outer_trials - 1 + corrects * 2
     assert record.loss_evaluations == looks
+    if corrects:  # x has waited
+        return
+    _, record = method.step(problem, state, None, 1)
+    assert record.gradients - state.cost.gradients == 1 + 1 + 1 + record.outer_trials
+    looks = record.inner_trials + 3 * record.outer_trials
+    assert record.loss_evaluations - state.cost.loss_evaluations == looks
 
 
 # -- history and ends -----------------------------------------------------------------------------

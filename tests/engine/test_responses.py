@@ -11,6 +11,7 @@ from bilevel import ConjugateGradient, Implicit, Neumann, Problem, Unrolled
 from bilevel.layout import Layout
 from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
+from bilevel.trials import Trials
 from tests.engine import oracles
 from tests.tables import (
     NESTED,
@@ -184,8 +185,10 @@ def test_a_first_tangent_is_refused_where_second_order_is_not_what_happens():
 @pytest.mark.parametrize(
     ("method", "shape", "start"),
     [
-        *(("bisls-adam", "sigmoid", start) for start in (-8.0, -4.0, 6.0)),
-        *(("bisls-adam", "exp", start) for start in (-8.0, -4.0)),
+        *(("bisls-adam", "sigmoid", start) for start in (-20.0, -8.0, -4.0, 6.0)),
+        *(("bisls-adam", "exp", start) for start in (-20.0, -8.0, -4.0)),
+        *(("bisls-sgd", "sigmoid", start) for start in (-8.0, 6.0, 8.0, 15.0)),
+        ("bisls-sgd", "exp", -8.0),
         *(
             (method, shape, -4.0)
             for method in ("bisls-sgd", "bisps")
@@ -304,6 +307,27 @@ def test_the_bent_response_of_a_quadratic_lag_is_exact():
             float(outer(x, solution(x + s) + lag)), rel=1e-10
         )
         assert relative(there.y, y + s * (solution(x + 1) - solution(x - 1)) / 2) < 1e-10
+
+
+def test_only_a_first_trial_is_judged_where_y_bends():
+    """A later one by its straight y, unless f rises where it bends."""
+    a, x = t([1.0, -0.2]), t([1.5])
+    solution, outer, inner = curving(a)
+    y, draw = solution(x), Draw()
+    oracle = Oracle(Problem(outer, inner), Layout(x, "x"), Layout(y, "y"))
+    h, found = EXACT.estimate(oracle, x, y, draw, [draw], [], None), set()
+    for first in (True, False):
+        trials = Trials(oracle, (x, y), draw, draw, h, -h.grad, "tangent", 0.0, 1.0, first)
+        follow = h.respond(-h.grad).follow
+        for s in np.linspace(0.01, 2.0, 50):
+            there = follow(float(s), x - float(s) * h.grad)
+            rises = bool(outer(x, there.bent) > h.value)
+            expected = outer(x, there.bent) if first else math.inf if rises else outer(x, there.y)
+            if bool(there.trusted):
+                assert float(trials.phi(float(s))) == pytest.approx(float(expected), rel=1e-12)
+                assert torch.equal(trials.reach(float(s))[1], there.y)
+                found.add((first, rises))
+    assert {(True, False), (False, True), (False, False)} <= found
 
 
 @pytest.mark.parametrize("method", ["bisls-adam", "bisls-sgd"])

@@ -7,7 +7,7 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ import bilevel
 from benchmarks.larger import EVERY
 from benchmarks.problems import INNER, STEPS, Case, distillation, outcome, representation
 from benchmarks.report import write
+from bilevel.hypergradients import Course, Estimate, Followed, Implicit
 from bilevel.linear import UNTAUGHT, Product
 from bilevel.method import Method
 from bilevel.presets import SEARCHED_ADAM
@@ -46,6 +47,31 @@ def cg(
     return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol), average=average)
 
 
+@dataclass(frozen=True)
+class Following(Implicit):
+    """The default's hypergradient, where a search takes y for straight, or goes on from where it
+    is bent."""
+
+    field: Literal["y", "bent"] = "y"
+
+    def estimate(self, *args: Any) -> Estimate:
+        h = super().estimate(*args)
+        respond = h.respond
+
+        def followed(d: Tensor, *first: Any) -> Course:
+            course = respond(d, *first)
+
+            def follow(t: float | Tensor, xt: Tensor) -> Followed:
+                there = course.follow(t, xt)
+                only = getattr(there, self.field)
+                return there._replace(y=only, bent=only)
+
+            return course._replace(follow=follow)
+
+        h.respond = followed
+        return h
+
+
 def variants() -> dict[str, Method]:
     """The default of BiSLS-Adam with one thing changed at a time."""
     default = bilevel.bisls("adam")
@@ -54,6 +80,10 @@ def variants() -> dict[str, Method]:
 
     def armijo(**changes: Any) -> Method:
         return replace(default, outer_rule=replace(searched, **changes))
+
+    def following(field: Literal["y", "bent"]) -> Implicit:
+        assert isinstance(default.hypergradient, Implicit)
+        return Following(default.hypergradient.solver, average="auto", field=field)
 
     def adam(**changes: Any) -> Method:
         return replace(default, direction=replace(SEARCHED_ADAM, **changes))
@@ -65,6 +95,8 @@ def variants() -> dict[str, Method]:
         "response frozen": bilevel.bisls("adam", response="frozen"),
         "response refine": bilevel.bisls("adam", response="refine"),
         "response refine, slack 0.01": bilevel.bisls("adam", slack=0.01, response="refine"),
+        "y straight": replace(default, hypergradient=following("y")),
+        "y bent": replace(default, hypergradient=following("bent")),
         "1 outer batch": replace(default, outer_batches=1),
         "8 outer batches": replace(default, outer_batches=8),
         "c = 0.1": armijo(c=0.1),

@@ -91,6 +91,7 @@ def test_true_objectives_have_the_hypergradients_of_their_losses(name):
 @pytest.mark.parametrize("name", UNSEEN)
 def test_problems_that_no_default_was_chosen_on(name):
     case = UNSEEN[name](0)
-    result = case.solve("bisls-adam", steps=12, inner_steps=5, seed=0)
-    assert result.state.k == 12 and not any(r.failure for r in result.history)
+    # F need not fall from the first iterations on: y follows by five steps in each
+    result = case.solve("bisls-adam", steps=30, inner_steps=5, seed=0)
+    assert result.state.k == 30 and not any(r.failure for r in result.history)
     assert case.value(result.x, result.y) < case.value(case.x, case.y)

@@ -34,8 +34,8 @@ from bilevel.problem import Draw, Oracle, Products
 
 
 class Followed(NamedTuple):
-    """Where y is by x + t d; whether that can be trusted; and with it as far as f sees y* bend,
-    which is y itself where nothing is known of that."""
+    """y where x is x + t d; whether it can be trusted; and where y is if it bends with y*, as far
+    as f sees that: y itself where nothing is known of it."""
 
     y: Tensor
     trusted: Tensor | bool

@@ -81,15 +81,15 @@ class Trials:
                 del self._seen[next(iter(self._seen))]
             free = self.x + t * self._d
             xt = self._oracle.project(free)
-            bent = self._projects and not torch.equal(xt, free)
-            if bent and 8 * xt.abs().max() < free.abs().max():
+            cut = self._projects and not torch.equal(xt, free)
+            if cut and 8 * xt.abs().max() < free.abs().max():
                 xt = self._oracle.project(xt)  # what rounding has left of it, from far away
-            self._seen[t] = xt, self._respond(t, xt, bent)
+            self._seen[t] = xt, self._respond(t, xt, cut)
         return self._seen[t]
 
-    def _respond(self, t: float, xt: Tensor, bent: bool) -> Followed:
+    def _respond(self, t: float, xt: Tensor, cut: bool) -> Followed:
         if self._follow is not None and t > 0:
-            if bent:  # the tangent along the arc that the projection bends
+            if cut:  # the tangent along the arc that the projection leaves of the line
                 return self._h.respond(xt - self.x, self._first).follow(1.0, xt)
             return self._follow(t, xt)
         y = self.y

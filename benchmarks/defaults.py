@@ -72,6 +72,12 @@ class Following(Implicit):
         return h
 
 
+class Grounded(Method):
+    """Without leaps over kinks."""
+
+    leaps = False
+
+
 def variants() -> dict[str, Method]:
     """The default of BiSLS-Adam with one thing changed at a time."""
     default = bilevel.bisls("adam")
@@ -97,6 +103,7 @@ def variants() -> dict[str, Method]:
         "response refine, slack 0.01": bilevel.bisls("adam", slack=0.01, response="refine"),
         "y straight": replace(default, hypergradient=following("y")),
         "y bent": replace(default, hypergradient=following("bent")),
+        "no leaps": Grounded(**vars(default)),
         "1 outer batch": replace(default, outer_batches=1),
         "8 outer batches": replace(default, outer_batches=8),
         "c = 0.1": armijo(c=0.1),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from benchmarks.kinked import KINKED
 from benchmarks.networks import NETWORKS, squares
 from benchmarks.problems import (
     CASES,
@@ -84,4 +85,4 @@ LARGER: dict[str, Callable[[int], Case]] = {
     "data cleaning, MNIST, 90 % wrong": lambda seed: cleaning(seed, corrupted=0.9, name="mnist"),
     "few-shot features, Omniglot": few_shot,
 }
-EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN}
+EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN, **KINKED}

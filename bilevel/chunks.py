@@ -17,6 +17,7 @@ from bilevel.average import Average
 from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import Implicit
+from bilevel.kinks import Kinks
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
 from bilevel.method import Batches, Method, State, _failure
@@ -248,7 +249,8 @@ class Chunks:
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
         known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned
         scalars = torch.tensor(
-            [state.k, *lasts, moments.n, terms, gain, state.failures, *known], dtype=torch.float64
+            [state.k, *lasts, moments.n, terms, gain, state.failures, *known, *state.kinks],
+            dtype=torch.float64,
         )
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
@@ -271,7 +273,7 @@ class Chunks:
 
         _, _, rows, scalars, x, y, q, *rest = outcome
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.tolist()
-        noise, noises, signal, unlike, agreed, concave, halvings = known
+        noise, noises, signal, unlike, agreed, concave, halvings, *kinks = known
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
@@ -330,6 +332,7 @@ class Chunks:
             k=k,
             outer_last=None if math.isnan(outer_last) else outer_last,
             inner_last=None if math.isnan(inner_last) else inner_last,
+            kinks=Kinks(*kinks),
             moments=moments,
             q=q,
             average=average,

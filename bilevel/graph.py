@@ -18,12 +18,13 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from bilevel.average import Average
 from bilevel.hypergradients import Estimate, Followed, Implicit
+from bilevel.kinks import Kinks
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method, is_behind, slopes, unsound
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import LEAST_C, MOST_C, Armijo, Moments
+from bilevel.rules import Armijo, Moments
 from bilevel.traced import Counted, Run, Traced, move
 from bilevel.trials import ceiling
 
@@ -32,6 +33,7 @@ from bilevel.trials import ceiling
 SCALARS = (
     *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
     *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
+    *Kinks._fields,
 )
 
 
@@ -140,7 +142,9 @@ class Iterations:
         """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
-        noise, noises, *agreement, concave, halvings = known
+        noise, noises, *agreement, concave, halvings = known[: -len(Kinks._fields)]
+        # copies: two views of one tensor may not enter the loop of a search together
+        kinks = Kinks(*(n.clone() for n in known[-len(Kinks._fields) :]))
         m: Tensor | int = joined[0] if self.joins[0] else 1
         fixed = max(1, self.counts[1])
         drawn = joined[1] + int(self.watches[1]) if self.joins[1] else fixed
@@ -175,10 +179,9 @@ class Iterations:
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         d, moved = self.method.direction(h.grad, Moments(first, second, n))  # type: ignore[arg-type]
 
-        c: Any = None
-        if isinstance(self.method.outer_rule, Armijo) and self.method.outer_rule.c == "auto":
-            c = _share(agreement, m, self.alone)
-        step = self._outer(oracle, (x, y), outer, h, d, k, outer_last, c, (m, many))
+        lasts = outer_last, kinks
+        kappa = _kappa(agreement, m, self.alone)
+        step = self._outer(oracle, (x, y), outer, h, d, k, lasts, kappa, (m, many))
         new_x, new_y, alpha, failed = step.x, step.y, step.size, step.failed
         if step.follows:
             solver.counts.append(1)  # g_yx d
@@ -240,6 +243,10 @@ class Iterations:
                 ),
                 torch.where(finite, solver.concave[-1].double(), concave),
                 torch.where(finite & still, learned.judge(step.apart).halvings, halvings),
+                *(
+                    torch.where(finite, new, old)
+                    for new, old in zip(step.kinks, kinks, strict=True)
+                ),
             ]
         )
         row = Row(
@@ -289,7 +296,7 @@ class Iterations:
                 return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
 
             found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
-            size, last, more, failed, _ = found
+            size, last, more, failed, *_ = found
             value = value.double() + unsound(spoiled)  # from the first on that is not finite
             tally = torch.stack([last, value, size, trials + more, failures + failed])
             return t + 1, y - size.to(y.dtype) * gy, tally
@@ -311,14 +318,16 @@ class Iterations:
         h: Estimate,
         d: Tensor,
         k: Tensor,
-        last: Tensor,
-        c: Any,
+        lasts: tuple[Tensor, Kinks],
+        kappa: Tensor,
         many: tuple[Tensor | int, Tensor | int],
     ) -> _Outer:
         """The outer step along d; ``many``: outer and Hessian batches in one evaluation."""
-        x, y = point
+        (x, y), (last, kinks) = point, lasts
         rule, follow = self.method.outer_rule, None
-        most, first = ceiling(h.value), last.isnan()
+        rise, first = kinks.allowed(kappa), last.isnan()
+        length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
+        most = ceiling(h.value) + rise
         apart: Tensor | float = torch.nan
         slope = torch.dot(h.grad, d)
         if isinstance(rule, Armijo):
@@ -343,13 +352,18 @@ class Iterations:
             value = torch.where(trusted & first, there, torch.where(twice, value, torch.inf))
             return value, (trusted + 0 + twice) * many[0] + many[1]
 
-        found = move(rule, h.value, slope, phi, k, last, c, extrapolates=True)
-        size, last, trials, failed, evaluations = found
+        leap = kinks.leap(length, norm) if self.method.leaps else torch.zeros_like(norm)
+        found = move(rule, h.value, slope, phi, k, last, kappa, True, (leap, rise))
+        size, last, trials, failed, evaluations, leapt, gain = found
+        searched = kinks.refused().where((leap > 0) & (slope < 0), kinks)
+        ended = searched.found(size * length, norm, torch.where(first, 0.0, gain))
+        after = kinks.leapt(gain).where(leapt, ended.where(size > 0, searched))
         new_x, followed = reach(size)
         new_y = torch.where(size > 0, followed.y, y)
         follows = follow is not None
         return _Outer(
-            new_x, new_y, size, last, trials, failed > 0, evaluations, slope, apart, follows
+            *(new_x, new_y, size, last, trials, failed > 0, evaluations, slope, apart, follows),
+            after if self.method.leaps else kinks,
         )
 
 
@@ -377,6 +391,7 @@ class _Outer(NamedTuple):
     slope: Tensor
     apart: Any
     follows: bool
+    kinks: Kinks
 
 
 def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,11 +402,11 @@ def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tup
     return torch.where(known, level + weight * (s - level), level), terms + known
 
 
-def _share(agreement: Sequence[Tensor], batches: Tensor | int, alone: bool) -> Tensor:
-    """:meth:`bilevel.rules.Armijo.share` of :meth:`bilevel.noise.Agreement.kappa`."""
+def _kappa(agreement: Sequence[Tensor], batches: Tensor | int, alone: bool) -> Tensor:
+    """:meth:`bilevel.noise.Agreement.kappa`."""
     signal, noise, _ = agreement
     kappa = torch.where(signal > 0, signal / (signal + noise.clamp(min=0) / batches), 0.0)
-    return (1 - (torch.ones_like(kappa) if alone else kappa)).clamp(LEAST_C, MOST_C)
+    return torch.ones_like(kappa) if alone else kappa
 
 
 def _agreement(

@@ -19,6 +19,7 @@ from bilevel import require
 from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
+from bilevel.kinks import Kinks, leap
 from bilevel.layout import Layout, Variable
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise, averaged
@@ -27,6 +28,7 @@ from bilevel.record import Record
 from bilevel.require import takes
 from bilevel.rules import (
     Adam,
+    Armijo,
     Line,
     Moments,
     Move,
@@ -62,6 +64,7 @@ class State:
     k: int = 0
     outer_last: float | None = None  # what the step-size rules carry over
     inner_last: float | None = None
+    kinks: Kinks = Kinks()
     moments: Moments = Moments()
     q: Tensor | None = field(default=None, repr=False)
     average: Average | None = field(default=None, repr=False)
@@ -170,6 +173,11 @@ class Method:
         asked = self.outer_batches == "auto" and more is not None
         return outer_batch is None or (asked and not more)
 
+    @property
+    def leaps(self) -> bool:
+        """Whether steps may go over kinks: searches that remember them do, upwards as well."""
+        return isinstance(self.outer_rule, Armijo) and self.outer_rule.reset == "grow"
+
     def may_wait(self, state: State) -> bool:
         """Whether x has not moved yet, and may stay for another iteration."""
         searches = self.outer_rule.searches(state.k, None)
@@ -245,10 +253,20 @@ class Method:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
         first = state.outer_last is None
+        kinks, leapt = state.kinks, None
+        rise = kinks.allowed(drawn.kappa)
         trials = Trials(
-            *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size, drawn.kappa, first)
+            *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size),
+            *(drawn.kappa, first, rise),
         )
-        move = self.outer_rule(trials.line, state.k, state.outer_last)
+        line = trials.line
+        tries = self.leaps and kinks.shrunk and bool(line.slope < 0)
+        if tries:
+            lengths = torch.stack([torch.linalg.vector_norm(v) for v in (d, h.grad)])
+            leapt = leap(line, kinks.leap(*lengths.tolist()), rise, state.outer_last)
+        move = leapt or self.outer_rule(line, state.k, state.outer_last)
+        if tries and not leapt:
+            move, kinks = move._replace(trials=move.trials + 1), kinks.refused()
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
         n = self._numbers(oracle, state, drawn, inner, h, trials, move, (new_x, new_y))
@@ -269,6 +287,10 @@ class Method:
                 n = n._replace(alpha=0.0)
             new_y, learned = corrected(oracle, new_x, new_y, h, draws[0])
             h.learned.append(learned)
+        if leapt:
+            kinks = kinks.leapt(move.gain)
+        elif self.leaps and n.alpha > 0:  # what a first search gains is not to be lost again
+            kinks = kinks.found(n.alpha * n.length, n.norm, 0.0 if first else move.gain)
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -305,6 +327,7 @@ class Method:
             k=state.k + 1,
             outer_last=move.last,
             inner_last=inner.last,
+            kinks=kinks,
             moments=moments,
             q=h.q,
             average=average,
@@ -374,6 +397,7 @@ class Method:
             value=h.value,
             inner_value=inner_value + inner.spoiled,
             norm=torch.linalg.vector_norm(h.grad),
+            length=torch.linalg.vector_norm(trials.d),
             alpha=move.size,
             beta=inner.size,
             residual=math.nan if h.residual is None else h.residual,
@@ -530,6 +554,7 @@ class _Numbers(NamedTuple):
     value: Any
     inner_value: Any
     norm: Any
+    length: Any
     alpha: Any
     beta: Any
     residual: Any

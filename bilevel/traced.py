@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,24 @@ from torch.func import grad_and_value
 from bilevel.compiled import second_derivatives
 from bilevel.linear import Learned, Product, Solver, is_conjugate, seen
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import LEAST_C, NEAR, Armijo, Fixed, Polyak, Rule
+from bilevel.rules import LEAST_C, MOST_C, NEAR, Armijo, Fixed, Polyak, Rule
 from bilevel.steps import envelope, polyak, schedule
 
-Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # size, last, trials, failed, evaluations
 Loss = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
 Phi = Callable[[Tensor], tuple[Tensor, "Tensor | int"]]  # t -> phi(t), evaluations of a loss
+
+
+class Found(NamedTuple):
+    """:class:`bilevel.rules.Move`, in float64; ``evaluations`` of a loss; whether it ``leapt``."""
+
+    size: Tensor
+    last: Tensor
+    trials: Tensor
+    failed: Tensor
+    evaluations: Tensor
+    leapt: Tensor
+    gain: Tensor
 
 
 class Run(Draw):
@@ -199,24 +210,25 @@ def move(
     phi: Phi,
     k: Any,
     last: Tensor,
-    c: Any = None,
+    kappa: Tensor | float = 0.0,
     extrapolates: bool = False,
+    leap: tuple[Tensor, Tensor] | None = None,
 ) -> Found:
-    """``rule`` along a :class:`bilevel.rules.Line`, as numbers of float64; ``c`` of a search,
-    where it is 'auto' and kappa is known."""
+    """``rule`` along a :class:`bilevel.rules.Line`, as numbers of float64, after a leap over kinks
+    is tried, if one is given: its length and by how much phi may rise."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        c = rule.share(0.0) if c is None else c
-        return search(rule, value, slope, phi, last, c, extrapolates)
+        return search(rule, value, slope, phi, last, kappa, extrapolates, leap)
+    still = nothing, nothing, nothing, nothing > 0, nothing
     if isinstance(rule, Fixed):
-        return nothing + schedule(rule.step, k, rule.decay), last, nothing, nothing, nothing
+        return Found(nothing + schedule(rule.step, k, rule.decay), last, *still)
     assert isinstance(rule, Polyak)
     upper: Any = last.nan_to_num(0.0) if rule.upper is None else nothing + rule.upper
     lower: Any = rule.lower * upper if rule.upper is None else nothing + rule.lower
     gap = value - rule.lower_bound
     step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, rule.c)).double()
     size = envelope(step, schedule(lower, k), schedule(upper, k))
-    return torch.where(slope < 0, size, 0.0), last, nothing, nothing, nothing
+    return Found(torch.where(slope < 0, size, 0.0), last, *still)
 
 
 def search(
@@ -225,10 +237,12 @@ def search(
     slope: Tensor,
     phi: Phi,
     last: Tensor,
-    c: Any,
+    kappa: Tensor | float,
     extrapolates: bool = False,
+    leap: tuple[Tensor, Tensor] | None = None,
 ) -> Found:
-    """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph."""
+    """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph; the first
+    of them is a leap, see :func:`bilevel.kinks.leap`."""
     rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
     value, slope = value.double(), slope.double()
     sound = value.isfinite() & slope.isfinite()
@@ -236,7 +250,9 @@ def search(
     allowed = rounding + rule.slack * value.abs()
     first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
     brackets = growing = first & (rule.reset != "fixed")
-    if rule.c == "auto":
+    c: Any = rule.c
+    if c == "auto":
+        c = (1 - torch.as_tensor(kappa, dtype=torch.float64)).clamp(LEAST_C, MOST_C)
         c = torch.where(brackets, LEAST_C, c)
     start = last * (rule.growth if rule.reset == "grow" else 1)
     if rule.reset == "fixed":
@@ -250,34 +266,39 @@ def search(
     further = start * (8 * rounding / decrease).clamp(max=NEAR)
     start = torch.where(far, further, torch.where(lost, last, start))
     nothing = torch.zeros_like(value)
+    length, most = leap or (nothing, nothing)
+    leaps = descends & (length > 0)
 
     def going(tally: Tensor) -> Tensor:
         return tally[-1] == 0
 
     def trial(tally: Tensor) -> tuple[Tensor]:
-        t, best, lowest, accepted, growing, far, left, trials, evaluations, _ = tally.unbind()
-        accepted, growing, far = accepted > 0, growing > 0, far > 0
+        t, best, lowest, *flags, left, trials, evaluations, _ = tally.unbind()
+        accepted, growing, far, leaping = (flag > 0 for flag in flags)
         seen, cost = phi(t)
         seen = seen.double()
-        ok = seen.isfinite() & (seen <= value + c * t * slope + allowed)
+        rise = torch.where(leaping, most, c * t * slope + allowed)
+        ok = seen.isfinite() & (seen <= value + rise)
         better = ok & (~accepted | (seen < lowest))
         refused = ~ok & ~accepted
         best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)
-        left = left - torch.where(far, 0.0, 1.0)
+        left = left - torch.where(far | leaping, 0.0, 1.0)
         turns = accepted & ~better & growing & (best == start)  # up is worse: down from the start
-        done = (better & ~brackets) | (accepted & ~better & ~turns) | (left <= 0)
+        done = (better & (leaping | ~brackets)) | (accepted & ~better & ~turns) | (left <= 0)
         growing = growing & ~refused & ~turns
         t = torch.where(turns, start, t)
         t = torch.where(far & refused, last, torch.where(growing, 2.0 * t, 0.5 * t))
-        accepted, far = accepted | better, far & ~refused
-        new = [t, best, lowest, accepted, growing, far, left, trials + 1, evaluations + cost, done]
+        t, far = torch.where(leaping & refused, start, t), far & (leaping | ~refused)
+        new = [t, best, lowest, accepted | better, growing, far, leaping & ~refused, left]
+        new += [trials + 1, evaluations + cost, done]
         return (torch.stack([n.double() for n in new]),)
 
-    tally = [start, nothing, value, nothing, growing, far, nothing + rule.max_trials]
-    tally += [nothing, nothing, ~descends]
+    tally = [torch.where(leaps, length, start), nothing, value, nothing, growing, far, leaps]
+    tally += [nothing + rule.max_trials, nothing, nothing, ~descends]
     (found,) = while_loop(going, trial, (torch.stack([n.double() for n in tally]),))
-    _, best, _, accepted, _, _, _, trials, evaluations, _ = found.unbind()
-    size = torch.where(accepted > 0, best, 0.0)
-    failed = ~sound | (descends & (accepted == 0))
+    _, best, lowest, accepted, _, _, leapt, _, trials, evaluations, _ = found.unbind()
+    leapt, accepted = leapt > 0, accepted > 0
+    size, failed = torch.where(accepted, best, 0.0), ~sound | (descends & ~accepted)
     remembered = torch.maximum(best, rule.retain * last.nan_to_num(0.0))
-    return size, torch.where(accepted > 0, remembered, last), trials, failed.double(), evaluations
+    last = torch.where(accepted & ~leapt, remembered, last)
+    return Found(size, last, trials, failed.double(), evaluations, leapt, value - lowest)

@@ -32,6 +32,7 @@ class Trials:
       from its solution;
     * 'frozen': y itself; blind where f depends on x through y alone.
 
+    ``rise``: by how much f may rise where y bends, see :class:`bilevel.kinks.Kinks`.
     None is for rules that try nothing: they see <h, d> as the slope.
     """
 
@@ -47,15 +48,16 @@ class Trials:
         inner_size: float | Tensor,
         kappa: float,
         first: bool,
+        rise: float = 0.0,
     ) -> None:
         self._oracle, self._outer, self._inner = oracle, outer, inner
         (self.x, self.y), self.response = point, response
-        self._h, self._d, self._inner_size = h, d, inner_size
+        self._h, self.d, self._inner_size = h, d, inner_size
         self._projects = oracle.problem.project is not None
         self._seen: dict[float, tuple[Tensor, Followed]] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
-        self._kappa, self._first = kappa, first
+        self._kappa, self._first, self._rise = kappa, first, rise
         self.slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
         if response == "tangent":
             self.slope, self.apart, self._follow = h.respond(d, first)
@@ -71,7 +73,7 @@ class Trials:
     def reach(self, t: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""
         if isinstance(t, Tensor):
-            return self._oracle.project(self.x + t * self._d), self.y
+            return self._oracle.project(self.x + t * self.d), self.y
         xt, followed = self._try(t)
         return xt, followed.y if bool(followed.trusted) else None
 
@@ -79,7 +81,7 @@ class Trials:
         if t not in self._seen:
             if len(self._seen) > 2:  # an accepted trial is one of the last three
                 del self._seen[next(iter(self._seen))]
-            free = self.x + t * self._d
+            free = self.x + t * self.d
             xt = self._oracle.project(free)
             cut = self._projects and not torch.equal(xt, free)
             if cut and 8 * xt.abs().max() < free.abs().max():
@@ -104,7 +106,7 @@ class Trials:
         value = self._oracle.value("outer", xt, followed.bent, self._outer)
         if self._first or followed.bent is followed.y:
             return value
-        if not bool(value <= ceiling(self._h.value)):
+        if not bool(value <= ceiling(self._h.value) + self._rise):
             return torch.full_like(value, math.inf)
         return self._oracle.value("outer", xt, followed.y, self._outer)
 

@@ -8,6 +8,8 @@ import torch
 import bilevel
 from benchmarks import contest, race
 from benchmarks.contest import Cell
+from benchmarks.kinked import KINKED
+from benchmarks.larger import EVERY
 from benchmarks.problems import CASES, INNER, STEPS, distillation, outcome, solved
 from benchmarks.unseen import UNSEEN
 
@@ -88,9 +90,9 @@ def test_true_objectives_have_the_hypergradients_of_their_losses(name):
     assert float(h.grad @ d) == pytest.approx((up - down) / 2e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("name", [*UNSEEN, *KINKED])
 def test_problems_that_no_default_was_chosen_on(name):
-    case = UNSEEN[name](0)
+    case = EVERY[name](0)
     # F need not fall from the first iterations on: y follows by five steps in each
     result = case.solve("bisls-adam", steps=30, inner_steps=5, seed=0)
     assert result.state.k == 30 and not any(r.failure for r in result.history)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import bilevel
 from bilevel import Problem
 from bilevel.data import Cycle
-from bilevel.graph import _agreement, _share
+from bilevel.graph import _agreement, _kappa
 from bilevel.noise import Agreement, settles
 from bilevel.rules import LEAST_C, MOST_C, Armijo
 
@@ -257,9 +257,8 @@ def test_the_graph_computes_the_same() -> None:
             for m, terms in ((1, 0), (4, 3), (8, 40)):
                 plain = Agreement(m, signal, noise, terms)
                 given = [torch.tensor(float(v)).double() for v in plain[1:]]
-                share = Armijo(c="auto").share(plain.kappa(m))
-                assert float(_share(given, m, False)) == pytest.approx(share)
-                assert float(_share(given, m, True)) == LEAST_C
+                assert float(_kappa(given, m, False)) == pytest.approx(plain.kappa(m))
+                assert float(_kappa(given, m, True)) == 1.0
                 slopes = torch.tensor(own).double(), torch.tensor(fresh).double()
                 found = _agreement(given, *slopes, torch.tensor(m))
                 assert [float(v) for v in found] == pytest.approx(plain.add(own, fresh, m)[1:])

@@ -232,9 +232,8 @@ def test_first_search_brackets_the_same_in_a_graph(initial, curvature):
 
     rule = Armijo(initial, c=0.1)
     plain = rule(Line(t(1.0), t(-1.0), lambda s: phi(t(s))[0]), 0, None)
-    size, last, trials, failed, looks = map(
-        float, search(rule, t(1.0), t(-1.0), phi, t(math.nan), 0.1)
-    )
+    found = search(rule, t(1.0), t(-1.0), phi, t(math.nan), 0.1)
+    size, last, trials, failed, looks = map(float, found[:5])
     assert (size, last, int(trials), bool(failed)) == (*plain[:3], plain.failed)
     assert looks == plain.trials
 
@@ -263,13 +262,16 @@ def test_a_search_is_the_same_in_a_graph(rule, last):
         for kappa in (0.0, 0.5, 1.0):
             line = Line(t(1.0), t(-1.0), lambda s, phi=phi: phi(t(s))[0], kappa=kappa)
             plain = rule(line, 3, last)
-            c = t(rule.share(kappa))
             carried = t(math.nan if last is None else last)
-            size, after, trials, failed, _ = search(rule, line.value, line.slope, phi, carried, c)
+            graph = search(rule, line.value, line.slope, phi, carried, kappa)
+            size, after, trials, failed, *_ = graph
             expected = math.nan if plain.last is None else plain.last
             assert float(size) == pytest.approx(plain.size, rel=1e-12)
             assert float(after) == pytest.approx(expected, rel=1e-12, nan_ok=True)
             assert (int(trials), bool(failed)) == (plain.trials, plain.failed)
+            assert not graph.leapt
+            if plain.size:
+                assert float(graph.gain) == pytest.approx(plain.gain, rel=1e-12)
             found.add((plain.size, plain.last))
     assert len(found) > 2
 

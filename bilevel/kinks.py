@@ -1,0 +1,96 @@
+"""Leaps over kinks of f: a longer step now and then, where those that searches find shrink away."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.rules import Line, Move
+
+SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
+MEMORY = 0.95  # of what was gained, from one iteration to the next
+LOST, REFUSED = 0.95, 0.5  # share of its length that a leap keeps
+
+
+class Kinks(NamedTuple):
+    """How long the steps are that searches find, lately and at most.
+
+    Short of a kink of f (an absolute value, a hinge, a maximum) a step gains no longer than to
+    the kink, and the next one starts nearer to it: steps shrink without end, far from any
+    minimum. In units of the gradient, alpha ||d|| / ||h||, a step is one over a curvature where f
+    is smooth, and keeps its order of magnitude.
+
+    Where they have shrunk by ``SHRUNK``, the longest of them is tried before a search, though no
+    farther than a search has led, and taken where f does not rise by more than the steps of late
+    have gained, as far as other batches see that as well. It gets shorter where it loses or is
+    refused, and searches go on alone once it is no longer far from theirs. What it leads across a
+    kink to is a hypergradient of the other side.
+
+    Attributes:
+        latest: of the steps that searches found, in those units; the mean of it and the last.
+        longest: the largest of these.   farthest: alpha ||d|| at most.
+        budget: sum of what steps gained, less ``1 - MEMORY`` in each iteration; not below 0.
+
+    Numbers, or tensors in a graph. Reference: Zhang & Hager 2004 for a search that is not monotone.
+    """
+
+    longest: Any = 0.0
+    latest: Any = 0.0
+    budget: Any = 0.0
+    farthest: Any = 0.0
+
+    @property
+    def shrunk(self) -> Any:
+        return SHRUNK * self.latest < self.longest
+
+    def allowed(self, kappa: Any) -> Any:
+        """By how much f may rise; ``kappa``: see :class:`bilevel.noise.Agreement`."""
+        return self.shrunk * self.budget * kappa
+
+    def leap(self, d: Any, h: Any) -> Any:
+        """The alpha to be tried first, 0 for none, from the lengths of d and h."""
+        far = self.longest * h
+        return self.shrunk * _where(far < self.farthest, far, self.farthest) / d
+
+    def leapt(self, gain: Any) -> Kinks:
+        """After a leap that was taken."""
+        shorter = _where(gain <= 0, self.longest * LOST, self.longest)
+        return self._replace(longest=shorter)._earn(gain)
+
+    def refused(self) -> Kinks:
+        """After one that was not."""
+        return self._replace(longest=self.longest * REFUSED)
+
+    def found(self, far: Any, h: Any, gain: Any) -> Kinks:
+        """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""
+        step = far / h
+        # the mean, as a batch of a small gradient has long ones
+        latest = _where(self.latest > 0, (self.latest + step) / 2, step)
+        longest = _where(latest > self.longest, latest, self.longest)
+        farthest = _where(far > self.farthest, far, self.farthest)
+        return self._replace(longest=longest, latest=latest, farthest=farthest)._earn(gain)
+
+    def _earn(self, gain: Any) -> Kinks:
+        budget = MEMORY * (self.budget + gain)
+        return self._replace(budget=_where(budget > 0, budget, 0 * budget))
+
+    def where(self, condition: Tensor, others: Kinks) -> Kinks:
+        """These, or the others, in a graph."""
+        return Kinks(*(torch.where(condition, a, b) for a, b in zip(self, others, strict=True)))
+
+
+def leap(line: Line, t: float, rise: float, last: float | None) -> Move | None:
+    """The move to t, if f rises there by ``rise`` at most."""
+    if line.predicted is not None and line.predicted(t) > 0:  # a projection turns it back
+        return None
+    gain = float(line.value) - float(line.phi(t))
+    return Move(t, last, 1, gain=gain) if math.isfinite(gain) and gain >= -rise else None
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b

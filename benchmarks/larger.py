@@ -24,6 +24,7 @@ from benchmarks.problems import (
     images_of,
     representation,
 )
+from benchmarks.stumbles import STUMBLES
 from benchmarks.unseen import UNSEEN
 from tasks.data import Dataset, load
 from tasks.few_shot import FewShot
@@ -85,4 +86,4 @@ LARGER: dict[str, Callable[[int], Case]] = {
     "data cleaning, MNIST, 90 % wrong": lambda seed: cleaning(seed, corrupted=0.9, name="mnist"),
     "few-shot features, Omniglot": few_shot,
 }
-EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN, **KINKED}
+EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN, **KINKED, **STUMBLES}

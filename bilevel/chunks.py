@@ -110,7 +110,7 @@ class Chunks:
 
     def _count(self, state: State, limit: int) -> int:
         """How many iterations from here on can be in the graph."""
-        if not self.usable or state.k == 0 or state.q is None or self.method.may_wait(state):
+        if not self.usable or state.k == 0 or state.q is None or self.method.may_begin(state):
             return 0
         rules = (
             (self.method.outer_rule, state.outer_last),
@@ -247,7 +247,7 @@ class Chunks:
         average, moments = state.average, state.moments
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
-        known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned
+        known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned[:2]
         scalars = torch.tensor(
             [state.k, *lasts, moments.n, terms, gain, state.failures, *known, *state.kinks],
             dtype=torch.float64,
@@ -381,6 +381,8 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
         return f"{hypergradient.solver!r} draws a random number"
     if any(type(rule) not in (Armijo, Fixed, Polyak) for rule in rules):
         return f"the step-size rules {rules!r} are not all known to the graph"
+    if method.refreshes:
+        return "y starts afresh in every iteration and is brought nearer as often as it takes"
     if method.response == "refine":
         return "the response 'refine' takes inner steps inside the search"
     if method.inner_solver is not None:

@@ -19,9 +19,10 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.hypergradients import Estimate, Followed, Implicit
 from bilevel.kinks import Kinks
+from bilevel.lag import is_behind
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
-from bilevel.method import Method, is_behind, slopes, unsound
+from bilevel.method import Method, slopes, unsound
 from bilevel.noise import BOUND, MEMORY
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments

@@ -88,7 +88,7 @@ class Estimate:
         lag: <q, g_y>, the change of f on the way from y*(x) to y, to first order; None where y
             has no solution to be behind of.
         newton: () -> s with g_yy s = -g_y, on the way to y*(x), and ``learned``; takes another
-            solver, too.
+            solver, and another point (x, y), too.
         elsewhere: another draw -> <q, g_yy q> there over <q, g_yy q> here, less one; lag there.
         learned: from the systems; the last is what is known, to which that of ``respond`` adds.
     """
@@ -256,8 +256,13 @@ class Implicit:
 
             return Course(fixed + torch.dot(fy, w), apart, follow)
 
-        def newton(solver: Solver = self.solver) -> tuple[Tensor, Learned]:
-            return watched(solver, product, -pull.gradient, None, known[-1])
+        def newton(
+            solver: Solver = self.solver, at: tuple[Tensor, Tensor] | None = None
+        ) -> tuple[Tensor, Learned]:
+            if at is None:
+                return watched(solver, product, -pull.gradient, None, known[-1])
+            there = self._pullback(oracle, *at, draw)
+            return watched(solver, lambda u, *j: there.product(u), -there.gradient, None, known[-1])
 
         def elsewhere(other: Draw) -> tuple[Tensor, Tensor]:
             there, here = self._pullback(oracle, x, y, other), torch.dot(q, gyy_q)

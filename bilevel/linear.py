@@ -37,20 +37,24 @@ class Learned(NamedTuple):
     Attributes:
         concave: largest |negative curvature| of g seen, over its largest curvature.
         halvings: of the relative residual that is enough, for a solver with ``rtol='auto'``.
+        lately: as ``concave``, of the systems of one iteration.
     """
 
     concave: Concave = 0.0
     halvings: int | Tensor = 0
+    lately: Concave = 0.0
 
-    def judge(self, apart: Any) -> Learned:
+    def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;
-        NaN where that is not known. Numbers or tensors.
+        NaN where that is not known; ``concave``: what counts, if not all that was seen. Numbers
+        or tensors.
 
         The slope along d is <f_x, d> and either <f_y, w> or <q, -g_yx d>: with the errors of one
         system, or of the other. Where they tell different stories the hypergradient may point
         anywhere; where they agree, a closer solution would be a waste.
         """
-        solved = self.concave <= CONCAVE  # otherwise q and w are no solutions
+        concave = self.concave if concave is None else concave
+        solved = concave <= CONCAVE  # otherwise q and w are no solutions
         more = solved & (apart > 0.5) & (self.halvings < MOST_HALVINGS)
         less = solved & (apart < 0.1) & (self.halvings > 0)
         return self._replace(halvings=self.halvings + 1 * more - 1 * less)
@@ -70,7 +74,9 @@ def watched(
     conjugate gradients can tell and use: see :meth:`ConjugateGradient.watched`."""
     if is_conjugate(solver):
         q, concave = solver.watched(product, b, q0, learned)
-        learned = learned._replace(concave=concave)
+        before = learned.concave, learned.lately
+        most, lately = (_larger(known, concave) for known in before)
+        learned = learned._replace(concave=most, lately=lately)
     else:
         q = solver(product, b, q0)
     if not isinstance(q, Tensor) or q.shape != b.shape or q.dtype != b.dtype:
@@ -81,6 +87,12 @@ def watched(
             f"shape {tuple(b.shape)} of {b.dtype}; return a q of that shape and type.",
         )
     return q, learned
+
+
+def _larger(known: Concave, concave: Concave) -> Concave:
+    if isinstance(concave, Tensor):
+        return torch.maximum(torch.as_tensor(known).to(concave), concave)
+    return max(float(known), concave)
 
 
 def is_conjugate(solver: Solver) -> TypeGuard[ConjugateGradient]:
@@ -301,8 +313,7 @@ class ConjugateGradient:
             learned: before; where g is known to be concave no products are lost on finding out.
 
         Returns:
-            q, and the largest |negative curvature| seen over the largest curvature, or
-            ``learned.concave``.
+            q, and the largest |negative curvature| seen over the largest curvature.
         """
         if learned.concave <= CONCAVE:
             q, found = self._steps(product, b, q0, learned)
@@ -323,22 +334,21 @@ class ConjugateGradient:
     def _steps(
         self, product: Product, b: Tensor, q0: Tensor | None, learned: Learned
     ) -> tuple[Tensor, Concave]:
-        concave = learned.concave
         rtol, steps = self.aims(learned.halvings)
         enough, state = self.begin(product, b, q0, rtol)
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
             q, top, low = self._on_host(product, float(enough), state, steps)
-            return q, max(float(concave), -low / top) if top > 0 else concave
+            return q, -low / top if top > 0 else 0.0
         for i in range(steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
             if i % 5 == 4 and _visible(state[4]) and not state[4]:
                 break
             state = self.advance(product, enough, state)
-        return state[0], seen(concave, *state[5:])
+        return state[0], seen(0.0, *state[5:])
 
     def _absolute(self, product: Product, b: Tensor, learned: Learned) -> tuple[Tensor, float]:
         """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
-        concave = float(learned.concave)
+        concave = 0.0
         rtol, steps = self.aims(learned.halvings)
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
@@ -350,8 +360,9 @@ class ConjugateGradient:
                 continue
             ritz, vectors = lanczos.ritz()
             top, low = float(ritz.abs().max()), float(ritz[0])
-            concave = max(concave, -low / top) if top > 0 else concave
-            floor = max(min(concave, FLOOR) * top, torch.finfo(b.dtype).tiny)
+            concave = max(0.0, -low / top) if top > 0 else concave
+            known = max(concave, float(learned.concave))
+            floor = max(min(known, FLOOR) * top, torch.finfo(b.dtype).tiny)
             z = vectors @ (vectors[0] / ritz.abs().clamp_min(floor))
             # where g_yy is positive definite after all, this is the relative residual
             if float(lanczos.betas[-1] * z[-1].abs()) <= rtol:

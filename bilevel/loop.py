@@ -143,8 +143,8 @@ def solve(
         raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
     require.flag("", "compile", compile)
     problem = Problem(outer, inner, project)
-    if not warm_start:  # no y is gone on from, for which a correction of it would be
-        method = replace(method, corrects=False)
+    if not warm_start:
+        method = replace(method, fresh=True)
     state = method.init(x, y)
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:

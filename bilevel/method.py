@@ -20,6 +20,7 @@ from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.kinks import Kinks, leap
+from bilevel.lag import arrived, corrected, has_solution, is_behind
 from bilevel.layout import Layout, Variable
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise, averaged
@@ -47,7 +48,8 @@ SOLVERS = (
 # outer, inner, for the Hessian, more outer ones: what a step takes
 Batches = tuple[Any, list[Any], "list[Any] | None", "list[Any] | None"]
 ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
-PATIENCE = 10  # iterations that x waits at most for a y that comes from far
+PATIENCE = 10  # iterations that x waits at most for a y that comes from far; corrections of one
+ROUNDS = 3  # of inner steps and a Newton step, after which y is where a first step is judged
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Method:
     may be the answer where there are batches: see :class:`bilevel.average.Average`; ``corrects``,
     whether a y that lags behind y*(x) is brought nearer by a Newton step, and x waits for one that
     comes from far: see :func:`corrected` and :meth:`may_wait`;
+    ``fresh``: y starts afresh in every iteration, and is brought nearer before the step instead;
     ``outer_batches``, of how many the outer loss is the mean; 'auto': as many as
     :class:`bilevel.noise.Agreement` says.
     """
@@ -112,6 +115,7 @@ class Method:
     inner_solver: Callable[..., Any] | None = None
     averages: bool = True
     corrects: bool = True
+    fresh: bool = False
     outer_batches: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -124,7 +128,7 @@ class Method:
             rule = getattr(self, name)
             require.made_by("Method", name, rule, "searches", "a rule of steps", RULES)
         require.choice("Method", "response", self.response, get_args(Response))
-        for name in ("averages", "corrects"):
+        for name in ("averages", "corrects", "fresh"):
             require.flag("Method", name, getattr(self, name))
         if not (isinstance(self.outer_batches, str) and self.outer_batches == "auto"):
             require.whole("Method", "outer_batches", self.outer_batches, hint=", or 'auto'")
@@ -181,7 +185,20 @@ class Method:
     def may_wait(self, state: State) -> bool:
         """Whether x has not moved yet, and may stay for another iteration."""
         searches = self.outer_rule.searches(state.k, None)
-        return self.corrects and searches and state.outer_last is None and state.k < PATIENCE
+        waits = self.corrects and not self.fresh
+        return waits and searches and state.outer_last is None and state.k < PATIENCE
+
+    def may_begin(self, state: State) -> bool:
+        """Whether a step would be the first, which is judged by :func:`arrived`, too."""
+        searches = self.outer_rule.searches(state.k, None) and self.response == "tangent"
+        own = self.corrects and self.inner_solver is None
+        return own and searches and state.outer_last is None
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether y is brought nearer before each step."""
+        own = self.corrects and self.inner_solver is None
+        return self.fresh and own and self.response == "tangent"
 
     def step(
         self,
@@ -247,8 +264,10 @@ class Method:
         drawn = self._drawn(oracle, state, draws, outer_batch, hessian_batches, more_outer_batches)
         outer, hessian = drawn.outer, drawn.hessian
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.learned)
-        d, moments = self.direction(h.grad, state.moments)
         searches = self.outer_rule.searches(state.k, state.outer_last)
+        if searches and self.refreshes:
+            y, h = self._refreshed(oracle, state, drawn, draws[0], y, h, path)
+        d, moments = self.direction(h.grad, state.moments)
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
@@ -280,8 +299,14 @@ class Method:
         # on y's way from the user's start h is of another place than y*(x), and x waits where the
         # first step gains less than what y still has to go
         waits = self.may_wait(state) and is_behind(n.here, n.there, move.gain)
+        if self.may_begin(state) and n.alpha > 0 and has_solution(h) and not (waits or numeric):
+            settled = partial(self._settled, oracle, state, draws, oracle.joint(hessian), inner, h)
+            move, (new_x, new_y) = arrived(oracle, outer, trials, line, move, settled)
+            n = n._replace(alpha=float(move.size))
+            if move.last is None and state.k >= PATIENCE:
+                move = move._replace(last=n.alpha)
         behind = waits or is_behind(n.here, n.there, n.alpha * abs(n.slope))
-        if self.corrects and behind and not (numeric or move.failed):
+        if self.corrects and not self.fresh and behind and not (numeric or move.failed):
             if waits:
                 new_x, new_y, move = x, y, Move(0.0, None, move.trials)
                 n = n._replace(alpha=0.0)
@@ -316,7 +341,8 @@ class Method:
 
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
         if drawn.still:  # noise, where there is some, is not to be fitted closer
-            learned = learned.judge(n.apart)
+            batched = draws[0].batch is not None
+            learned = learned.judge(n.apart, learned.concave if batched else learned.lately)
         if average and math.isfinite(n.difference):
             average = average.compare(n.difference).add(oracle, x, y)
         elif self.averages and drawn.noisy:
@@ -336,7 +362,7 @@ class Method:
             failures=state.failures + 1 if move.failed else 0,
             noise=state.noise.add(n.excess, len(hessian)).settle(state.k),
             agreement=agreement.settle(state.k),
-            learned=learned,
+            learned=learned._replace(lately=0.0),
         )
         return new, record
 
@@ -412,6 +438,56 @@ class Method:
             seen=seen,
         ).on_host(x.device)
 
+    def _refreshed(
+        self,
+        oracle: Oracle,
+        state: State,
+        drawn: _Drawn,
+        judge: Draw,
+        y: Tensor,
+        h: Estimate,
+        path: Sequence[InnerStep],
+    ) -> tuple[Tensor, Estimate]:
+        """A y nearer to y*(x), and the hypergradient there: as long as f changes by more on the
+        way than a step like the last one gains."""
+        x, last = state.vectors[0], state.outer_last
+        for _ in range(0 if last is None else PATIENCE):
+            d, _ = self.direction(h.grad, state.moments)
+            gain = (last or 0.0) * torch.dot(h.grad, d).abs()
+            if not (has_solution(h) and bool(is_behind(h.lag, h.lag, gain))):
+                break
+            nearer, learned = corrected(oracle, x, y, h, judge)
+            h.learned.append(learned)
+            if nearer is y:
+                break
+            y, q = nearer, h.q
+            h = self.hypergradient.estimate(
+                oracle, x, y, drawn.outer, drawn.hessian, path, q, learned
+            )
+        return y, h
+
+    def _settled(
+        self,
+        oracle: Oracle,
+        state: State,
+        draws: Sequence[Draw],
+        hessian: Draw,
+        inner: _Inner,
+        h: Estimate,
+        x: Tensor,
+        y: Tensor,
+        lag: float,
+    ) -> Tensor:
+        """y near y*(x), for a look: nothing is kept of it."""
+        assert h.q is not None
+        state = replace(state, inner_last=inner.last)
+        for _ in range(ROUNDS):
+            if lag and abs(torch.dot(h.q, oracle.inner_gradient(x, y, hessian)[1])) <= lag:
+                break
+            y, _, _ = self._inner(oracle, replace(state, vectors=(x, y)), draws)
+            y, _ = corrected(oracle, x, y, h, draws[0], there=True)
+        return y
+
     def _inner(
         self, oracle: Oracle, state: State, draws: Sequence[Draw]
     ) -> tuple[Tensor, list[InnerStep], _Inner]:
@@ -471,39 +547,6 @@ def slopes(
 def unsound(value: Tensor) -> Tensor:
     """It, where it is not finite; or 0."""
     return torch.where(value.isfinite(), 0.0, value)
-
-
-def is_behind(here: Any, there: Any, gain: Any) -> Any:
-    """Whether y lags by more than the outer step is to gain, and noise alone would not tell so.
-
-    Args:
-        here, there: the lag on two independent batches, of which the mean is to exceed half of the
-            difference twice; the same number where there is but one. Numbers or tensors.
-    """
-    lag, spread = abs(here + there) / 2, abs(here - there) / 2
-    return (lag > gain) & (lag > 2 * spread)
-
-
-def corrected(
-    oracle: Oracle, x: Tensor, y: Tensor, h: Estimate, judge: Draw
-) -> tuple[Tensor, Learned]:
-    """y + s or y + s/4 with the Newton step g_yy s = -g_y, or y: the first that is better; and what
-    is known of the systems by then.
-
-    The inner steps bring y near y*(x) as slowly as g is ill-conditioned, and where f gains by y
-    staying behind, x drifts to where they are slower still. One more system with the matrix of
-    the hypergradient makes up for it; where that belongs to one batch, another one judges.
-
-    Args:
-        x, y: where the outer step has led to.   h: the hypergradient before it.
-    """
-    if h.newton is None:
-        return y, h.learned[-1]
-    (s, learned), best = h.newton(), oracle.value("inner", x, y, judge)
-    for t in (1.0, 0.25):
-        if bool(oracle.value("inner", x, y + t * s, judge) < best):
-            return y + t * s, learned
-    return y, learned
 
 
 def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:

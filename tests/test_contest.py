@@ -11,6 +11,7 @@ from benchmarks.contest import Cell
 from benchmarks.kinked import KINKED
 from benchmarks.larger import EVERY
 from benchmarks.problems import CASES, INNER, STEPS, distillation, outcome, solved
+from benchmarks.stumbles import STUMBLES
 from benchmarks.unseen import UNSEEN
 
 CASE = "ridge, condition 1e2"
@@ -90,7 +91,7 @@ def test_true_objectives_have_the_hypergradients_of_their_losses(name):
     assert float(h.grad @ d) == pytest.approx((up - down) / 2e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [*UNSEEN, *KINKED])
+@pytest.mark.parametrize("name", [*UNSEEN, *KINKED, *STUMBLES])
 def test_problems_that_no_default_was_chosen_on(name):
     case = EVERY[name](0)
     # F need not fall from the first iterations on: y follows by five steps in each

@@ -226,16 +226,6 @@ def test_x_does_not_wait():
         assert method.step(problem, moved, None, 1)[1].outer_step > 0
 
 
-def test_a_y_that_starts_afresh_is_not_corrected():
-    method = bilevel.bisls("adam")
-    runs = [
-        far(method=replace(method, corrects=corrects), steps=3, inner_steps=1, warm_start=False)
-        for corrects in (True, False)
-    ]
-    assert runs[0].history[-1].hessian_products == runs[1].history[-1].hessian_products
-    assert torch.equal(runs[0].x, runs[1].x) and torch.equal(runs[0].y, runs[1].y)
-
-
 def test_x_waits_where_g_is_concave():
     result = far(inner=concave, steps=20, inner_steps=1)
     steps = [record.outer_step > 0 for record in result.history]

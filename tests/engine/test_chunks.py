@@ -12,9 +12,9 @@ import bilevel
 from bilevel import Problem, chunks, graph
 from bilevel.chunks import Chunks
 from bilevel.hypergradients import Estimate, Implicit
+from bilevel.lag import corrected
 from bilevel.layout import Layout
 from bilevel.linear import ConjugateGradient, Learned, Neumann
-from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
 from bilevel.traced import Counted, Traced
 

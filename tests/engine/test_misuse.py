@@ -459,7 +459,7 @@ METHODS = [
     *option("Method", partial(replace, bilevel.bisls()), name=no("string"),
             hypergradient=HYPERGRADIENT, direction=no_function(2), outer_rule=no(),
             inner_rule=no(), response=no_choice(["tangent", "refine", "frozen"]),
-            inner_solver=INNER_SOLVER, averages=no("bool"), corrects=no("bool"),
+            inner_solver=INNER_SOLVER, averages=no("bool"), corrects=no("bool"), fresh=no("bool"),
             outer_batches=no_count()),
     *option("Method.step", stepped, problem=no(), state=no(),
             inner_batches=no("int", "list", "tuple") | st.integers(max_value=0) | st.just([]),

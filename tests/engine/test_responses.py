@@ -8,8 +8,8 @@ import torch
 
 import bilevel
 from bilevel import ConjugateGradient, Implicit, Neumann, Problem, Unrolled
+from bilevel.lag import corrected
 from bilevel.layout import Layout
-from bilevel.method import corrected
 from bilevel.problem import Draw, Oracle
 from bilevel.trials import Trials
 from tests.engine import oracles

@@ -199,7 +199,7 @@ class Iterations:
         inner_value = h.inner_value + unsound(inner.spoiled).to(x.dtype)
         finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
         finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
-        if self.method.corrects:
+        if self.method.corrects and not self.method.fresh:
             assert here is not None and there is not None
             behind = is_behind(here.double(), there.double(), alpha * step.slope.double().abs())
             judge = self._draw(1, stored, i * self.counts[0])

@@ -67,7 +67,8 @@ def solve(
             iteration, for episodic problems.
         steps: outer iterations, >= 0. inner_steps: inner steps in each, >= 1.
         warm_start: False: y, and an optimizer that is the ``inner_solver``, start afresh from the
-            given y in every outer iteration, and what the inner steps leave is not corrected.
+            given y in every outer iteration; where the inner steps leave y so far from its
+            solution that this outweighs an outer step, it is brought nearer before the step.
         project: to the feasible set of x, applied to every trial (a Module: dict of parameters).
         tol: stop when the norm of the hypergradient is at most this.
         callback: called with (state, record) after every iteration; True stops. A Module has its

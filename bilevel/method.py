@@ -272,20 +272,14 @@ class Method:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
         first = state.outer_last is None
-        kinks, leapt = state.kinks, None
-        rise = kinks.allowed(drawn.kappa)
+        rise = state.kinks.allowed(drawn.kappa)
         trials = Trials(
             *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size),
             *(drawn.kappa, first, rise),
         )
         line = trials.line
-        tries = self.leaps and kinks.shrunk and bool(line.slope < 0)
-        if tries:
-            lengths = torch.stack([torch.linalg.vector_norm(v) for v in (d, h.grad)])
-            leapt = leap(line, kinks.leap(*lengths.tolist()), rise, state.outer_last)
+        leapt = self._leapt(state, line, d, h, rise)
         move = leapt or self.outer_rule(line, state.k, state.outer_last)
-        if tries and not leapt:
-            move, kinks = move._replace(trials=move.trials + 1), kinks.refused()
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
         n = self._numbers(oracle, state, drawn, inner, h, trials, move, (new_x, new_y))
@@ -312,9 +306,13 @@ class Method:
                 n = n._replace(alpha=0.0)
             new_y, learned = corrected(oracle, new_x, new_y, h, draws[0])
             h.learned.append(learned)
+        kinks = state.kinks
         if leapt:
             kinks = kinks.leapt(move.gain)
-        elif self.leaps and n.alpha > 0:  # what a first search gains is not to be lost again
+        elif leapt is False:
+            move, kinks = move._replace(trials=move.trials + 1), kinks.refused()
+        if self.leaps and not leapt and n.alpha > 0:
+            # what a first search gains is not to be lost again
             kinks = kinks.found(n.alpha * n.length, n.norm, 0.0 if first else move.gain)
         cost = oracle.cost
         record = Record(
@@ -365,6 +363,15 @@ class Method:
             learned=learned._replace(lately=0.0),
         )
         return new, record
+
+    def _leapt(
+        self, state: State, line: Line, d: Tensor, h: Estimate, rise: float
+    ) -> Move | Literal[False] | None:
+        """A leap over a kink; False where it was refused, None where none was tried."""
+        if not (self.leaps and state.kinks.shrunk and bool(line.slope < 0)):
+            return None
+        lengths = torch.stack([torch.linalg.vector_norm(v) for v in (d, h.grad)])
+        return leap(line, state.kinks.leap(*lengths.tolist()), rise, state.outer_last) or False
 
     def _drawn(
         self,

@@ -343,7 +343,7 @@ class Iterations:
             return xt, follow(t, xt) if follow is not None else Followed(y, True, y)
 
         def phi(t: Tensor) -> tuple[Tensor, Tensor | int]:
-            xt, (yt, trusted, bent) = reach(t)
+            xt, (yt, trusted, bent, _) = reach(t)
             value = oracle.value("outer", xt, yt, outer)
             if follow is None:
                 return value, many[0]

@@ -45,7 +45,8 @@ def arrived(
 
     It is found over many decades along a tangent of y*, and at its end y may solve nothing: g_yy
     may be gone there, so that any y serves g, or y* may have turned. What is lost so, no later step
-    may find again. f with y near y*, before and after, tells, once a run. Where even the shortest
+    may find again. Where g is not nearly what second order says there, f with y near y*, before and
+    after, tells, once a run. Where even the shortest
     of the halves gains nothing so, y does not settle, and the step is as it was. One that was
     halved is not to be remembered (``last`` is None), so that the next search is a first one, too.
 
@@ -65,6 +66,8 @@ def arrived(
         return float(oracle.value("outer", x, settled(x, y, lag), outer))
 
     slope, size, start = float(line.slope), float(move.size), (trials.x, trials.y)
+    if trials.near(size):
+        return move, reach(size)
     # from where it starts, y is mostly near; at the end <q, g_y> may tell of another place
     found = value(reach(size))
     if found <= value(start, SETTLED * abs(change(size))) + change(size):

@@ -77,6 +77,10 @@ class Trials:
         xt, followed = self._try(t)
         return xt, followed.y if bool(followed.trusted) else None
 
+    def near(self, t: float) -> bool:
+        """Whether g is there what it is near y*, as far as the tangent can tell."""
+        return bool(self._try(t)[1].near)
+
     def _try(self, t: float) -> tuple[Tensor, Followed]:
         if t not in self._seen:
             if len(self._seen) > 2:  # an accepted trial is one of the last three

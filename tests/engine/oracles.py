@@ -67,7 +67,7 @@ def tangent_slope(method, case: Case) -> None:
         slope, _, follow = h.respond(d)
 
         def phis(t: float, d=d, follow=follow) -> torch.Tensor:
-            y, trusted, bent = follow(t, X + t * d)
+            y, trusted, bent, _ = follow(t, X + t * d)
             assert bool(trusted)
             return torch.stack([oracle.value("outer", X + t * d, at, Draw()) for at in (y, bent)])
 

@@ -11,8 +11,10 @@ import torch
 import bilevel
 from benchmarks.stumbles import afresh, evidence, prices, risk
 from bilevel.lag import HALVINGS, arrived
+from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import PATIENCE
+from bilevel.problem import Draw, make_oracle
 from bilevel.rules import LEAST_C, Line, Move
 from tests.tables import t
 
@@ -36,6 +38,9 @@ class Straight:
     """Trials along x(t) = t, on a y that stays behind."""
 
     x, y = t([0.0]), t([7.0])
+
+    def near(self, s):
+        return s == 5.0
 
     def reach(self, s):
         return t([s]), None if s > 30 else self.y + s
@@ -87,6 +92,33 @@ def test_where_y_does_not_settle_the_step_is_as_it_was():
     assert len(costs.seen) == 4
     _, (_, y) = judged(Costs(99.0, 0.0), 64.0)
     assert torch.equal(y, Straight.y)  # where the tangent is not trusted
+
+
+def test_where_g_is_what_second_order_says_nothing_is_evaluated():
+    costs = Costs(1.0, math.inf)
+    move, (x, _) = judged(costs, 5.0)
+    assert (move.size, move.last, float(x)) == (5.0, 5.0, 5.0) and not costs.seen
+
+
+def test_how_near_that_is():
+    """g = (y - a)^2 e^x / 2 with y* = a, of which x says nothing, and a - x with the tangent -t d:
+    g gains as much as second order says, times e^(t d)."""
+
+    def inner(x, y):
+        return (y - 1 + x).square().sum() * x.exp() / 2
+
+    oracle = make_oracle(
+        bilevel.Problem(lambda x, y: y.sum(), inner), *(Layout(t(0.0), "x"), Layout(t([1.0]), "y"))
+    )
+    exact = bilevel.Implicit(bilevel.ConjugateGradient(5, 0.0))
+    x, y, d = t([0.0]), t([1.0]), t([1.0])
+    h = exact.estimate(oracle, x, y, Draw(), [Draw()], [], None)
+    for far, near in ((0.2, True), (0.24, False), (-0.2, True), (-0.3, False)):
+        followed = h.respond(d, True).follow(far, x + far * d)
+        assert bool(followed.near) == near and bool(followed.trusted)
+        assert torch.allclose(followed.y, y - far)
+        # only a first step is looked at so
+        assert h.respond(d, False).follow(far, x + far * d).near is True
 
 
 def test_what_a_projection_leaves_is_asked_for():

@@ -151,7 +151,7 @@ def test_tangent_is_refused_where_the_inner_loss_gets_worse():
     for time in np.linspace(1e-3, 0.05, 50):
         p = 30 * time
         worse = (5 * p - math.sin(5 * p)) ** 2 > math.sin(5 * p) ** 2
-        point, trusted, _ = follow(float(time), x + float(time) * d)
+        point, trusted, *_ = follow(float(time), x + float(time) * d)
         assert bool(trusted) != worse
         if trusted:
             assert float(point) == pytest.approx(5 * p, rel=1e-9)

@@ -94,6 +94,48 @@ def test_where_y_does_not_settle_the_step_is_as_it_was():
     assert torch.equal(y, Straight.y)  # where the tangent is not trusted
 
 
+def test_what_fails_beside_a_y_that_was_near_is_asked_beside_one_that_has_settled():
+    """f at the start is 1 once y has settled there, of which its lag told nothing."""
+
+    def settled(x, y, lag):
+        return x + 100 + (0.5 if float(x) == 0 and lag == 0 else 0.0)
+
+    class Unsettled(Costs):
+        def value(self, level, x, y, draw):
+            self.seen.append(float(x))
+            late = float(y - x) == 100.5
+            return t(1.0 if late else -float(x) if float(x) < 1 else 0.0)
+
+    costs, line = Unsettled(1.0, 0.0), Line(t(0.0), t(-1.0), lambda s: t(-s))
+    move, _ = arrived(costs, None, Straight(), line, Move(2.0, 2.0, trials=5, gain=2.0), settled)
+    assert (move.size, move.last) == (2.0, 2.0)  # 0 <= 1 - 0.3 * 2, not 0 - 0.3 * 2
+    assert costs.seen == [2.0, 0.0, 0.0]
+
+
+def test_y_settles_by_the_second_derivatives_of_where_it_is(monkeypatch):
+    """On a g whose Hessian grows with x, ill-conditioned: one inner step and the Newton step of the
+    place itself solve it, at x and far from it; nothing is kept of that."""
+    weights, found = t([1.0, 1e-3, 10.0]), []
+
+    def inner(x, y):
+        return (weights * (y - x.tanh()).square()).sum() * x.sum().exp() / 2
+
+    def spy(oracle, outer, trials, line, move, settled):
+        for x in (trials.x, trials.x + 1.0):
+            found.append((x, settled(x, trials.y, 0.0)))
+            assert settled(x, trials.y, 1e9) is trials.y  # f lags by less
+        return move, trials.reach(float(move.size))
+
+    monkeypatch.setattr("bilevel.method.arrived", spy)
+    method = bilevel.bisls("sgd", hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(9, 0.0)))
+    problem = bilevel.Problem(lambda x, y: (y - 2).square().sum(), inner)
+    state = method.init(t([0.1, 0.2, 0.3]), t([0.0, 0.5, 0.0]))
+    method.step(problem, replace(state, k=PATIENCE), None, 1)
+    assert len(found) == 2
+    for x, y in found:
+        assert torch.allclose(y, x.tanh(), atol=1e-9)
+
+
 def test_where_g_is_what_second_order_says_nothing_is_evaluated():
     costs = Costs(1.0, math.inf)
     move, (x, _) = judged(costs, 5.0)

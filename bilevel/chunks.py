@@ -299,29 +299,25 @@ class Chunks:
                 move = Move(row.outer_step[j], None, outer_trials[j], bool(failed))
                 numbers = row.value[j], row.inner_value[j], row.norm[j]
                 failure[j] = _failure(*numbers, bool(finite), move)
-        # by position, the fastest: in the order of the fields of Record
-        records = [
-            *map(
-                Record,
-                range(state.k, state.k + taken),
-                row.value,
-                row.inner_value,
-                row.norm,
-                row.outer_step,
-                row.inner_step,
-                outer_trials,
-                inner_trials,
-                inner_failures,
-                row.residual,
-                [joined.many[1]] * taken,
-                [joined.many[0]] * taken,
-                counts("gradients"),
-                counts("hessian_products"),
-                counts("loss_evaluations"),
-                [state.seconds + spent * (j + 1) / taken for j in range(taken)],
-                failure,
-            )
-        ]
+        records = Record.several(
+            range(state.k, state.k + taken),
+            row.value,
+            row.inner_value,
+            row.norm,
+            row.outer_step,
+            row.inner_step,
+            outer_trials,
+            inner_trials,
+            inner_failures,
+            row.residual,
+            [joined.many[1]] * taken,
+            [joined.many[0]] * taken,
+            counts("gradients"),
+            counts("hessian_products"),
+            counts("loss_evaluations"),
+            [state.seconds + spent * (j + 1) / taken for j in range(taken)],
+            failure,
+        )
         k, noise = int(k), Noise(state.noise.batches, noise, int(noises))
         agreement = Agreement(state.agreement.batches, signal, unlike, int(agreed))
         if row.finite[-1]:
@@ -432,19 +428,17 @@ class _Pool:
         counts = len(levels[0]), len(inner), len(levels[2])
         if counts != (self.counts or counts):
             return False
-        found: list[list[int]] = []
-        for j, level in enumerate(levels):
-            known = self._known[j]
-            found.append([])
-            for batch in level:  # plain statements: this is done in every iteration
+        for j in range(3):  # plain statements: this is done in every iteration
+            known, rows = self._known[j], self.rows[j]
+            for batch in levels[j]:
                 row = known.get(id(batch))
                 if row is None:
                     row = self._keep(j, batch)
-                if row is None:
+                if row is None:  # as it was before this iteration
+                    for kept, count in zip(self.rows, counts, strict=True):
+                        del kept[self.iterations * count :]
                     return False
-                found[j].append(row)
-        for rows, new in zip(self.rows, found, strict=True):
-            rows += new
+                rows.append(row)
         self.counts = counts
         self.iterations += 1
         return True

@@ -118,7 +118,7 @@ class Cycle:
         return batch
 
     def take(self, count: int) -> list[Any]:
-        return [self.next() for _ in range(count)]
+        return [self.next()] if count == 1 else [self.next() for _ in range(count)]
 
     def _begin(self) -> None:
         for sampler in self._samplers():

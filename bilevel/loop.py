@@ -324,10 +324,10 @@ class _Source:
         cycle = self._cycles["inner_data"]
         inner = cycle.take(self._steps)
         drawn = cycle.take(1 if self._lengths["inner_data"] == 1 else sum(hessian))
-        if self._alone:
-            drawn = list({id(batch): batch for batch in drawn}.values())
-        else:  # ranks need as many each, to compute the same things
+        if not self._alone:  # ranks need as many each, to compute the same things
             drawn = drawn[: self._different["inner_data"]]
+        elif len(drawn) > 1:
+            drawn = list({id(batch): batch for batch in drawn}.values())
         return first, inner, drawn, more
 
     def different(self) -> tuple[int, int, int]:

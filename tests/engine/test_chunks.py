@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from bilevel.lag import corrected
 from bilevel.layout import Layout
 from bilevel.linear import ConjugateGradient, Learned, Neumann
 from bilevel.problem import Draw, Oracle
+from bilevel.record import Record
 from bilevel.traced import Counted, Traced
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler warns of its own parts
@@ -328,3 +329,13 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
     found, _, looks, _ = graph._corrected(Traced(oracle, None), torch.tensor(go), *given)
     assert torch.equal(found, plain)
     assert looks == (oracle.cost.loss_evaluations if go else 0)
+
+
+def test_records_of_rows_are_as_any():
+    columns = [[i, i + 0.5] for i in range(17)]
+    one, other = Record.several(*columns)
+    assert one == Record(*(column[0] for column in columns)) and other["seconds"] == 15.5
+    with pytest.raises(FrozenInstanceError):
+        one.k = 3
+    with pytest.raises(ValueError):
+        Record.several(*columns[:-1], [0])

@@ -190,15 +190,18 @@ class Method:
 
     def may_begin(self, state: State) -> bool:
         """Whether a step would be the first, which is judged by :func:`arrived`, too."""
-        searches = self.outer_rule.searches(state.k, None) and self.response == "tangent"
-        own = self.corrects and self.inner_solver is None
-        return own and searches and state.outer_last is None
+        searches = self.outer_rule.searches(state.k, None)
+        return self._settles and searches and state.outer_last is None
 
     @property
     def refreshes(self) -> bool:
         """Whether y is brought nearer before each step."""
-        own = self.corrects and self.inner_solver is None
-        return self.fresh and own and self.response == "tangent"
+        return self.fresh and self._settles
+
+    @property
+    def _settles(self) -> bool:
+        """Whether y may be brought near a solution that trials follow, and by steps of ours."""
+        return self.corrects and self.inner_solver is None and self.response == "tangent"
 
     def step(
         self,
@@ -430,7 +433,7 @@ class Method:
             value=h.value,
             inner_value=inner_value + inner.spoiled,
             norm=torch.linalg.vector_norm(h.grad),
-            length=torch.linalg.vector_norm(trials.d),
+            length=torch.linalg.vector_norm(trials.d) if self.leaps else math.nan,
             alpha=move.size,
             beta=inner.size,
             residual=math.nan if h.residual is None else h.residual,

@@ -32,8 +32,8 @@ class Trials:
       from its solution;
     * 'frozen': y itself; blind where f depends on x through y alone.
 
-    ``rise``: by how much f may rise where y bends, see :class:`bilevel.kinks.Kinks`.
-    None is for rules that try nothing: they see <h, d> as the slope.
+    None is for rules that try nothing: they see <h, d> as the slope. ``rise`` is by how much f may
+    rise where y bends, see :class:`bilevel.kinks.Kinks`.
     """
 
     def __init__(

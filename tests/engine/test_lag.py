@@ -242,8 +242,7 @@ def test_it_is_only_where_f_changes_by_it():
     # the first iteration differs by what its step is judged by: three Newton steps at each place
     assert without[0] < with_[0] <= without[0] + (2 + HALVINGS) * 3 * 20
     assert with_[1] - with_[0] > without[1] - without[0] + 5
-    near = replace(default, inner_solver=None)
-    solved = case.solve(near, steps=3, inner_steps=1500, seed=0)
+    solved = case.solve(default, steps=3, inner_steps=1500, seed=0)
     counts = [record.hessian_products for record in solved.history]
     lately = [b - a for a, b in pairwise(counts)]
     assert max(lately) <= 2 * 20 + 2  # two systems, the cross term, g_yx d

@@ -196,6 +196,7 @@ class Saver:
         self._continues = True
         state, history = unpack(saved, self.method, state)
         self.habit.largest = saved.get("largest")
+        self.habit.random.update(saved.get("random", ()))
         parts = [saved, *saved.get("others", [])]
         mine = parts[self.ranks.rank % len(parts)]
         self.source.load_state_dict(mine["source"])
@@ -208,6 +209,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
     content = {
         "method": method.name,
         "largest": habit.largest,
+        "random": sorted(habit.random),
         "inner_solver": kind_of(method.inner_solver, state.solver),
         "vectors": list(state.vectors),
         "paths": [layout.paths for layout in state.layouts],

@@ -70,6 +70,7 @@ class Chunks:
     ) -> None:
         self.method, self.source = method, source
         self.problem, self.compiled = problem, replace(problem, compile=True)
+        self.compiled.habit.random = problem.habit.random  # what one has seen, both know
         self.fresh, self.start = fresh, state.vectors[1]
         ends = (-1.0 if tol is None else tol, most_failures)
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]

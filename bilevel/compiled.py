@@ -46,7 +46,7 @@ class CompiledOracle(Oracle):
     def _run(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
         if isinstance(draw, Joint):
             return _mean([self._run(name, d, level, *args) for d in draw.draws])
-        return self.replayed(draw, self._functions[name], *args, self._batch(level, draw))
+        return self.replayed(level, draw, self._functions[name], *args, self._batch(level, draw))
 
     def _try(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
         """The compiled function's result, or None after it has failed once."""

@@ -247,7 +247,8 @@ class AveragedOracle(Oracle):
 
     def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
         """All of them: a batch may come twice to one rank, but each must do as much."""
-        return draws[:1] if draws[0].batch is None else draws
+        alike = draws[0].batch is None and "inner" not in self.problem.habit.random
+        return draws[:1] if alike else draws
 
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw

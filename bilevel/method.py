@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle, islice
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -342,8 +343,8 @@ class Method:
 
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
         if drawn.still:  # noise, where there is some, is not to be fitted closer
-            batched = draws[0].batch is not None
-            learned = learned.judge(n.apart, learned.concave if batched else learned.lately)
+            concave = learned.concave if drawn.batched else learned.lately
+            learned = learned.judge(n.apart, concave)
         if average and math.isfinite(n.difference):
             average = average.compare(n.difference).add(oracle, x, y)
         elif self.averages and drawn.noisy:
@@ -386,13 +387,20 @@ class Method:
         more_outer_batches: Sequence[Any] | None,
     ) -> _Drawn:
         """Which batches the hypergradient is of, and which ones judge it."""
+        (m, judges), (count, more) = self.wanted(state)
         outers = [Draw(batch) for batch in (outer_batch, *(more_outer_batches or []))]
         given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
+        alone = self.is_alone(outer_batch, more_outer_batches)
+        # of a loss that draws random numbers, draws are what elsewhere batches are
+        random = oracle.problem.habit.random
+        if alone and "outer" in random:
+            alone, outers = False, [Draw(outer_batch) for _ in range(m + judges)]
+        if "inner" in random:
+            given = [Draw(draw.batch) for draw in islice(cycle(given), count + more)]
         hessian = oracle.distinct(given)
-        (m, judges), (count, more) = self.wanted(state)
         m = averaged(m, judges, len(outers))
         others = hessian[count : count + more]
-        alone = self.is_alone(outer_batch, more_outer_batches)
+        batched = draws[0].batch is not None or "inner" in random
         return _Drawn(
             # a batch that comes twice counts twice, as m says
             outer=Joint(outers[:m]) if m > 1 else outers[0],
@@ -401,8 +409,9 @@ class Method:
             others=others,
             many=m,
             kappa=1.0 if alone else state.agreement.kappa(m),
-            still=self.is_still(draws[0].batch is not None, bool(others)),
-            noisy=any(draw.batch is not None for draw in (*outers, *draws)),
+            batched=batched,
+            still=self.is_still(batched, bool(others)),
+            noisy=bool(random) or any(draw.batch is not None for draw in (*outers, *draws)),
         )
 
     def _numbers(
@@ -588,7 +597,8 @@ class _Drawn(NamedTuple):
     Attributes:
         outer, hessian: of the hypergradient.   fresh, others: none of it, to judge these.
         many: outer batches.   kappa: of so many, see :class:`bilevel.noise.Agreement`.
-        still: whether g is the same in all that is given.   noisy: whether there are any batches.
+        batched: whether g has batches, or draws.   still: whether it is the same in all of them.
+        noisy: whether there are any.
     """
 
     outer: Draw
@@ -597,6 +607,7 @@ class _Drawn(NamedTuple):
     others: Sequence[Draw]
     many: int
     kappa: float
+    batched: bool
     still: bool
     noisy: bool
 

@@ -82,7 +82,7 @@ class Draw:
     def __init__(self, batch: Any = None) -> None:
         self.batch = batch
         self._before: list[Tensor] | None = None
-        self._random = False
+        self.random = False  # whether its evaluation draws random numbers
 
     @property
     def draws(self) -> Sequence[Draw]:
@@ -101,9 +101,9 @@ class Draw:
                 randomness.restore(before)  # as if it had never been tried
                 raise
             self._before, after = before, randomness.state()
-            self._random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            self.random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
             return result
-        if not self._random:
+        if not self.random:
             return function()
         now = randomness.state()
         randomness.restore(self._before)
@@ -223,19 +223,22 @@ class Oracle:
                 bound.update({f"{name}.{key}": part for key, part in value.items()})
         return functional_call(self._pair, bound, (loss, X, Y, batch))
 
-    def replayed(self, draw: Draw, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)`` with the randomness of the draw."""
-        return draw.evaluate(self._randomness, lambda: function(*args))
+    def replayed(self, level: str, draw: Draw, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, of a loss, with the randomness of the draw."""
+        value = draw.evaluate(self._randomness, lambda: function(*args))
+        if draw.random:
+            self.problem.habit.random.add(level)
+        return value
 
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         if isinstance(draw, Joint):
             return torch.stack([self._loss(level, x, y, d) for d in draw.draws]).mean()
         batch = self._batch(level, draw)
         if level == "outer" or x.requires_grad:
-            value = self.replayed(draw, self.call, level, x, y, batch)
+            value = self.replayed(level, draw, self.call, level, x, y, batch)
         else:
             loss = partial(self.call, level, x, y, batch)
-            value = self.replayed(draw, self._reuse.evaluate, x, y, draw.batch, loss)
+            value = self.replayed(level, draw, self._reuse.evaluate, x, y, draw.batch, loss)
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
             raise told(
@@ -258,7 +261,9 @@ class Oracle:
         return value
 
     def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
-        """Of a batch that comes more than once, the first draw."""
+        """Of a batch that comes more than once, the first draw; all where g is another in each."""
+        if "inner" in self.problem.habit.random:
+            return draws
         seen: dict[int, Draw] = {}
         for draw in draws:
             seen.setdefault(id(draw.batch), draw)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -37,12 +37,14 @@ class Habit:
         once: pairs of x and batch in a row at which the loss was evaluated once.
         largest: entries of the largest tensor in the loss. None: not known.
         differentiates: whether a loss takes derivatives itself, as of a network by its inputs.
+        random: levels whose loss draws random numbers.
     """
 
     pays: bool | None = None
     once: int = 0
     largest: int | None = None
     differentiates: bool = False
+    random: set[str] = field(default_factory=set)
 
 
 T = TypeVar("T")

@@ -222,7 +222,7 @@ class Chunks:
             except Exception:  # to come again after those that have their batches
                 break
         outcome = self._run(ready, state, joined, drawn)
-        if outcome and not outcome[0]:  # g is concave, of which the plain iteration will tell
+        if outcome and not outcome[0]:  # the plain iteration is to take it
             outcome = None
         taken = int(outcome[0]) if outcome else 1
         if taken < asked:  # the source must not be ahead of the state

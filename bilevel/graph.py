@@ -112,8 +112,11 @@ class Iterations:
             go = row.finite & (failures < most_failures) & (row.failed | (row.norm > tol))
             cells = torch.stack([cell.double() for cell in row])
             rows = rows.index_copy(0, i[None], cells[None])
-            # where g is concave, the systems are solved otherwise than here: not taken
+            # where g is concave, the systems are solved otherwise than here; where they are not
+            # solved, x may stay: not taken
             fits = row.concave <= CONCAVE
+            if self.still:
+                fits = fits & ~(row.residual > 1)
             state = zip((new_scalars, *new_vectors), (scalars, *vectors), strict=True)
             kept = (torch.where(fits, new, old) for new, old in state)
             return i + fits, go & fits, rows, *kept
@@ -121,6 +124,10 @@ class Iterations:
         rows = torch.zeros(self.slots, len(Row._fields), dtype=torch.float64)
         state = (torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), rows)
         return while_loop(going, once, (*state, scalars.clone(), *(t.clone() for t in vectors)))
+
+    @property
+    def still(self) -> bool:
+        return self.method.is_still(self.counts[0] > 0, self.watches[1])
 
     def _draw(self, level: int, stored: tuple[list[list[Tensor]], Tensor], at: Tensor) -> Draw:
         """The outer, inner or Hessian batch at a place."""
@@ -226,7 +233,6 @@ class Iterations:
             torch.where(finite, new, old)
             for new, old in zip(kept, [x, before, q, *rest], strict=True)
         ]
-        still = self.method.is_still(self.counts[0] > 0, self.watches[1])
         new_scalars = torch.stack(
             [
                 k + 1,
@@ -243,7 +249,7 @@ class Iterations:
                     for new, old in zip(agreement_new, agreement, strict=True)
                 ),
                 torch.where(finite, solver.concave[-1].double(), concave),
-                torch.where(finite & still, learned.judge(step.apart).halvings, halvings),
+                torch.where(finite & self.still, learned.judge(step.apart).halvings, halvings),
                 *(
                     torch.where(finite, new, old)
                     for new, old in zip(step.kinks, kinks, strict=True)

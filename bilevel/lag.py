@@ -14,12 +14,26 @@ from bilevel.rules import LEAST_C, Line, Move
 from bilevel.trials import Trials
 
 HALVINGS = 10  # of a first step at most
+LOST = 3  # iterations with a residual above one, of which x stays in the last
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*
 
 
 def has_solution(h: Estimate) -> bool:
     """Whether there is a y* that y may be near, as far as is known."""
     return h.newton is not None and bool(h.learned[-1].concave <= CONCAVE)
+
+
+def is_lost(residual: float | Tensor, unsolved: int) -> bool:
+    """Whether the system of q has been left unsolved for so long that h tells nothing of F.
+
+    Where g is all but flat in some directions of y, as with penalties of e^-20, no number of
+    products that is at hand solves it. f then falls along such directions with F rising, and g sees
+    nothing of it. A residual above one now and then is of no harm: conjugate gradients pass it.
+
+    Args:
+        residual: of this iteration.   unsolved: iterations before it, in a row.
+    """
+    return unsolved >= LOST - 1 and bool(residual > 1)
 
 
 def is_behind(here: Any, there: Any, gain: Any) -> Any:

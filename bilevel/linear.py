@@ -29,6 +29,7 @@ CONCAVE = 1e-4  # of it is more than rounding
 FLOOR = 3e-3  # share of the largest curvature that is told from nothing where g is concave, too
 LOOSE = 0.1  # relative residual to begin with where it is to be found out
 MOST_HALVINGS = 10
+HELD = 20  # vectors of a Krylov space at most, then
 
 
 class Learned(NamedTuple):
@@ -38,11 +39,13 @@ class Learned(NamedTuple):
         concave: largest |negative curvature| of g seen, over its largest curvature.
         halvings: of the relative residual that is enough, for a solver with ``rtol='auto'``.
         lately: as ``concave``, of the systems of one iteration.
+        unsolved: iterations in a row that left q farther from solving its system than zero is.
     """
 
     concave: Concave = 0.0
     halvings: int | Tensor = 0
     lately: Concave = 0.0
+    unsolved: int = 0
 
     def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;
@@ -273,10 +276,11 @@ class ConjugateGradient:
     A g_yy with negative eigenvalues, as of a network on its way, has no argmin to differentiate,
     and steps of 1 / (curvature) end in nonsense where the curvature passes through zero. There
     q = |g_yy|^{-1} b instead, its eigenvalues no less than 0.003 of the largest: by the
-    method of Lanczos, with as many products and a vector held for each.
+    method of Lanczos, with as many products, but 20 where ``rtol`` is 'auto', and a vector held for
+    each.
 
     Args:
-        steps: products at most, >= 1; where ``rtol`` is 'auto', so many for each of its digits.
+        steps: products at most, >= 1.
         rtol: relative residual that is enough after the first step, in [0, 1). 'auto': a tenth,
             which a method halves and doubles from one iteration to the next, down to 1e-4, as
             :meth:`Learned.judge` says, where g has no batches, or but one for ``average='auto'``.
@@ -323,19 +327,15 @@ class ConjugateGradient:
                 return q, float(found)
         return self._absolute(product, b, learned)
 
-    def aims(self, halvings: Any) -> tuple[Any, Any]:
-        """The relative residual that is enough, and the products to get there at most. Numbers or
-        tensors."""
-        if self.rtol != "auto":
-            return self.rtol, self.steps
-        # a halving is 0.3 of a digit
-        return LOOSE * 0.5**halvings, self.steps + 3 * self.steps * halvings // 10
+    def enough(self, halvings: Any) -> Any:
+        """The relative residual that is enough, of so many halvings: a number or a tensor."""
+        return LOOSE * 0.5**halvings if self.rtol == "auto" else self.rtol
 
     def _steps(
         self, product: Product, b: Tensor, q0: Tensor | None, learned: Learned
     ) -> tuple[Tensor, Concave]:
-        rtol, steps = self.aims(learned.halvings)
-        enough, state = self.begin(product, b, q0, rtol)
+        steps = self.steps
+        enough, state = self.begin(product, b, q0, self.enough(learned.halvings))
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
             q, top, low = self._on_host(product, float(enough), state, steps)
             return q, -low / top if top > 0 else 0.0
@@ -349,10 +349,11 @@ class ConjugateGradient:
     def _absolute(self, product: Product, b: Tensor, learned: Learned) -> tuple[Tensor, float]:
         """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
         concave = 0.0
-        rtol, steps = self.aims(learned.halvings)
+        rtol = self.enough(learned.halvings)
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
-        products = min(steps, b.numel())
+        most = HELD if self.rtol == "auto" else self.steps
+        products = min(self.steps, most, b.numel())
         z = b.new_zeros(1)
         for i in range(1, products + 1):
             lanczos.advance()

@@ -248,7 +248,24 @@ def solve(
     finally:
         bar.close()
     saver.write()
+    _tell_stay(history)
     return Result(state.x, state.y, reason, history, state)
+
+
+def _tell_stay(history: list[Record]) -> None:
+    """Warn where x stayed in most of the iterations: see :func:`bilevel.lag.is_lost`."""
+    still = (r for r in history if r.outer_step == 0 and r.outer_trials == 0)
+    stayed = sum(r.residual is not None and r.residual > 1 for r in still)
+    if 2 * stayed > len(history):
+        warnings.warn(
+            f"x stayed where it was in {stayed} of {len(history)} iterations, in which the linear "
+            f"system of the hypergradient was left with a residual above 1, as where g is all but "
+            f"flat in some directions of y: keep x from there (project=..., bounded penalties), "
+            f"add a small penalty on y to g, or allow more products by "
+            f"hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(steps=200)).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _reached(tol: float | None, history: list[Record]) -> str | None:

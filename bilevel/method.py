@@ -21,9 +21,9 @@ from bilevel.average import Average
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.kinks import Kinks, leap
-from bilevel.lag import arrived, corrected, has_solution, is_behind
+from bilevel.lag import arrived, corrected, has_solution, is_behind, is_lost
 from bilevel.layout import Layout, Variable
-from bilevel.linear import Learned
+from bilevel.linear import Learned, is_conjugate
 from bilevel.noise import Agreement, Noise, averaged
 from bilevel.problem import Cost, Draw, Joint, Oracle, Problem, make_oracle
 from bilevel.record import Record
@@ -271,7 +271,10 @@ class Method:
         searches = self.outer_rule.searches(state.k, state.outer_last)
         if searches and self.refreshes:
             y, h = self._refreshed(oracle, state, drawn, draws[0], y, h, path)
+        lost = self._stays(state, drawn, h)
         d, moments = self.direction(h.grad, state.moments)
+        if lost:
+            moments, searches = state.moments, False
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
@@ -282,8 +285,9 @@ class Method:
             *(drawn.kappa, first, rise),
         )
         line = trials.line
-        leapt = self._leapt(state, line, d, h, rise)
-        move = leapt or self.outer_rule(line, state.k, state.outer_last)
+        leapt = None if lost else self._leapt(state, line, d, h, rise)
+        stay = Move(0.0, state.outer_last) if lost else None
+        move = stay or leapt or self.outer_rule(line, state.k, state.outer_last)
         new_x, new_y = trials.reach(move.size)
         new_y = y if new_y is None else new_y
         n = self._numbers(oracle, state, drawn, inner, h, trials, move, (new_x, new_y))
@@ -303,7 +307,7 @@ class Method:
             n = n._replace(alpha=float(move.size))
             if move.last is None and state.k >= PATIENCE:
                 move = move._replace(last=n.alpha)
-        behind = waits or is_behind(n.here, n.there, n.alpha * abs(n.slope))
+        behind = lost or waits or is_behind(n.here, n.there, n.alpha * abs(n.slope))
         if self.corrects and not self.fresh and behind and not (numeric or move.failed):
             if waits:
                 new_x, new_y, move = x, y, Move(0.0, None, move.trials)
@@ -344,7 +348,9 @@ class Method:
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
         if drawn.still:  # noise, where there is some, is not to be fitted closer
             concave = learned.concave if drawn.batched else learned.lately
-            learned = learned.judge(n.apart, concave)
+            learned = learned.judge(math.inf if lost else n.apart, concave)
+            unsolved = learned.unsolved + 1 if n.residual > 1 else 0
+            learned = learned._replace(unsolved=unsolved)
         if average and math.isfinite(n.difference):
             average = average.compare(n.difference).add(oracle, x, y)
         elif self.averages and drawn.noisy:
@@ -367,6 +373,16 @@ class Method:
             learned=learned._replace(lately=0.0),
         )
         return new, record
+
+    def _stays(self, state: State, drawn: _Drawn, h: Estimate) -> bool:
+        """Whether x stays where it is for want of a hypergradient, which going on with the same
+        system may yet give."""
+        solver: Any = getattr(self.hypergradient, "solver", None)
+        goes_on = is_conjugate(solver) and solver.warm_start and drawn.still and not self.fresh
+        begun = self._settles and state.outer_last is not None and has_solution(h)
+        if h.residual is None or not (goes_on and begun):
+            return False
+        return is_lost(h.residual, state.learned.unsolved)
 
     def _leapt(
         self, state: State, line: Line, d: Tensor, h: Estimate, rise: float

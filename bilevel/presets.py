@@ -16,9 +16,10 @@ from bilevel.trials import Response
 Direction = Literal["adam", "sgd"]
 
 # Solved to a tenth: a batch does not deserve more, and the response is consistent at any accuracy;
-# closer where there is no noise and that is not enough to know the slope.
+# closer where there is no noise and that is not enough to know the slope. Few systems ask for more
+# than 20 products; where g is nearly flat in many directions, less than these end in nonsense.
 # As many batches as their Hessian's noise asks for: what one misses can cost more than its products
-DEFAULT = Implicit(ConjugateGradient(steps=20, rtol="auto"), average="auto")
+DEFAULT = Implicit(ConjugateGradient(steps=150, rtol="auto"), average="auto")
 
 # Share of the predicted decrease that inner searches ask for: their batches are not averaged, and
 # what is best for one of them is too long for all data
@@ -61,9 +62,9 @@ def bisls(
         reset: where searches start: 'grow' (1.2 times the last step, with 'sgd' on the tangent
             twice it; an outer step on the tangent counts as a quarter of the one before at
             least), 'last', 'fixed'.
-        hypergradient: None: implicit, by conjugate gradients to a relative residual of 0.1 in at
-            most 20 steps, or less where g has no noise and the slope asks for it; g averaged over
-            as many inner batches as its noise asks for.
+        hypergradient: None: implicit, by conjugate gradients to a relative residual of 0.1, or
+            less where g has no noise and the slope asks for it; g averaged over as many inner
+            batches as its noise asks for.
         response: y(alpha): 'tangent', 'refine' or 'frozen', see :class:`bilevel.trials.Trials`.
         inner_solver: your own way to y instead of gradient steps: a torch.optim.Optimizer class; a
             function(parameters) that makes an optimizer, or a pair of one and a scheduler; or a

@@ -185,16 +185,15 @@ class Counted:
             return solver(counted, b, q0)
 
         def going(i: Tensor, *state: Tensor) -> Tensor:
-            return (i < steps) & state[4]
+            return (i < solver.steps) & state[4]
 
         def advance(i: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             return i + 1, *solver.advance(product, enough, state)
 
-        rtol, steps = solver.aims(self.halvings)
-        enough, begun = solver.begin(product, b, q0, rtol)
+        enough, begun = solver.begin(product, b, q0, solver.enough(self.halvings))
         enough = enough.to(b.dtype)
         state = [part.clone() for part in begun]
-        if solver.steps == 1 and solver.rtol != "auto":  # a loop costs more than its only step
+        if solver.steps == 1:  # a loop costs more than its only step
             taken, last = state[4].long(), solver.advance(product, enough, tuple(state))
         else:
             taken, *last = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bilevel
-from benchmarks.stumbles import afresh, evidence, prices, risk
+from benchmarks.stumbles import afresh, evidence, prices, risk, wide, words
 from bilevel.lag import HALVINGS, arrived
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
@@ -235,7 +235,7 @@ def test_it_is_only_where_f_changes_by_it():
 
     default = bilevel.bisls("sgd")
     assert not default.refreshes and replace(default, fresh=True).refreshes
-    assert not replace(default, fresh=True, response="frozen").refreshes
+    assert not replace(default, fresh=True, response="refine").refreshes
     with_, without = (
         products(replace(default, corrects=corrects), 3) for corrects in (True, False)
     )
@@ -299,3 +299,109 @@ def test_what_was_seen_lately_counts_where_g_has_no_batches(monkeypatch):
         assert any(known.concave > CONCAVE >= known.lately for known, _ in seen)
         for known, concave in seen:
             assert concave == (known.concave if batched else known.lately)
+
+
+# -- systems that are left unsolved --------------------------------------------------------------
+
+STEEP = torch.logspace(0, -3, 8, dtype=torch.float64)
+COUPLED = torch.linspace(-1, 1, 24, dtype=torch.float64).sin().view(3, 8)
+FEW = bilevel.Implicit(bilevel.ConjugateGradient(2, "auto"), average="auto")  # of eight
+
+
+def steep(x, y, batch=0.0):
+    return y @ (STEEP * y) / 2 + x @ COUPLED @ y + batch * y.sum()
+
+
+def goal(x, y):
+    return (y - torch.arange(8) / 4).square().sum() / 2 + x.square().sum() / 2
+
+
+def advanced(unsolved, last=0.5, inner=steep, given=(3, None), **settings):
+    """(state before, state after, record) of a step after so many unsolved ones."""
+    method = replace(bilevel.bisls(hypergradient=FEW), **settings)
+    state = method.init(t([0.5, -1.0, 0.3]), t([0.1] * 8))
+    state = replace(state, k=5, outer_last=last, learned=Learned(unsolved=unsolved))
+    problem = bilevel.Problem(goal, inner)
+    return state, *method.step(problem, state, None, *given)
+
+
+def test_x_stays_while_a_system_is_left_unsolved():
+    before, after, record = advanced(2)
+    assert record.residual > 1 and record.failure is None
+    assert torch.equal(after.vectors[0], before.vectors[0])
+    assert (record.outer_step, record.outer_trials, after.outer_last) == (0.0, 0, before.outer_last)
+    assert after.moments == before.moments  # of what is no gradient
+    assert after.learned.unsolved == 3 and after.learned.halvings == 1
+    # y goes on, by a Newton step, too; and so does the system, with the q that it has
+    _, steps, _ = advanced(1)
+    y = {name: state.vectors[1] for name, state in (("newton", after), ("not", steps))}
+    x = before.vectors[0]
+    assert steep(x, y["newton"]) < steep(x, before.vectors[1])
+    assert after.q is not None
+    again = replace(after, learned=after.learned._replace(unsolved=0))
+    method = bilevel.bisls(hypergradient=FEW)
+    _, next_record = method.step(bilevel.Problem(goal, steep), again, None, 3)
+    assert next_record.residual < record.residual
+
+
+class Opposite:
+    """A solver that is no conjugate gradient, and far off."""
+
+    warm_start = True
+
+    def __call__(self, product, b, q0):
+        return -b
+
+
+def test_where_it_does_not():
+    zero = t(0.0)
+    cases = {
+        "two in a row": advanced(1),
+        "the first step": advanced(5, last=None),
+        "no correction": advanced(5, corrects=False),
+        "a y that starts afresh": advanced(5, fresh=True),
+        "noise": advanced(5, given=([zero] * 3, [zero, t(0.1)])),
+        "another response": advanced(5, response="refine"),
+        "a guess that is not kept": advanced(
+            5, hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(2, warm_start=False))
+        ),
+        "another solver": advanced(5, hypergradient=bilevel.Implicit(Opposite())),
+    }
+    for name, (_, _, record) in cases.items():
+        assert record.outer_trials > 0 and record.residual > 1, name
+    once = advanced(5, given=([zero] * 3, [zero]))  # one batch that comes again is no noise
+    assert once[2].outer_trials == 0
+
+
+def test_what_is_counted():
+    for unsolved, expected in ((0, 1), (7, 8)):
+        assert advanced(unsolved)[1].learned.unsolved == expected
+    solved = advanced(7, hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(8)))
+    assert solved[2].residual < 1 and solved[1].learned.unsolved == 0
+
+
+@pytest.mark.filterwarnings("ignore:x stayed:RuntimeWarning")
+@pytest.mark.parametrize(("problem", "enough"), [(wide, 0.1), (words, 0.1)])
+def test_f_is_not_flattered_where_g_is_nearly_flat(problem, enough):
+    """20 products and no waiting ended at 0.28 and 0.76, the latter above the start."""
+    case = problem(0)
+    result = case.solve("bisls-adam", steps=100, inner_steps=10, seed=0)
+    assert case.objective(result.x) < enough
+
+
+def test_the_user_is_told_that_x_stayed():
+    def solve(many):
+        method = bilevel.bisls(hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(many)))
+        flat = 1e-9 ** torch.linspace(0, 1, 50, dtype=torch.float64)
+
+        def inner(x, y):
+            return y @ (flat * y) / 2 + 1e-3 * (x - 1) @ y
+
+        def outer(x, y):
+            return (y - 1).square().sum() / 2
+
+        x, y = torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+        return bilevel.solve(outer, inner, x, y, steps=20, method=method)
+
+    with pytest.warns(RuntimeWarning, match=r"x stayed where it was in \d+ of 20 iterations"):
+        solve(2)

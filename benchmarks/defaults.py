@@ -78,6 +78,13 @@ class Grounded(Method):
     leaps = False
 
 
+class Going(Method):
+    """Whose x goes on while systems are left unsolved."""
+
+    def _is_lost(self, *step: Any) -> bool:
+        return False
+
+
 def variants() -> dict[str, Method]:
     """The default of BiSLS-Adam with one thing changed at a time."""
     default = bilevel.bisls("adam")
@@ -104,6 +111,7 @@ def variants() -> dict[str, Method]:
         "y straight": replace(default, hypergradient=following("y")),
         "y bent": replace(default, hypergradient=following("bent")),
         "no leaps": Grounded(**vars(default)),
+        "x never stays": Going(**vars(default)),
         "1 outer batch": replace(default, outer_batches=1),
         "8 outer batches": replace(default, outer_batches=8),
         "c = 0.1": armijo(c=0.1),
@@ -123,6 +131,7 @@ def variants() -> dict[str, Method]:
         "reset fixed": armijo(reset="fixed"),
         "start 1e-4": bilevel.bisls("adam", 1e-4, 1e-4),
         "start 1e4": bilevel.bisls("adam", 1e4, 1e4),
+        "20 products": bilevel.bisls("adam", hypergradient=cg(20, "auto")),
         "CG rtol 0.1": bilevel.bisls("adam", hypergradient=cg(20, 0.1)),
         "CG rtol 1e-3, 50 steps": bilevel.bisls("adam", hypergradient=cg(50, 1e-3)),
         "CG rtol 1e-4, 100 steps": bilevel.bisls("adam", hypergradient=cg(100, 1e-4)),
@@ -135,9 +144,9 @@ def variants() -> dict[str, Method]:
             "adam", hypergradient=bilevel.Implicit(Convex(20, 0.1), average="auto")
         ),
         "unrolled": bilevel.bisls("adam", hypergradient=bilevel.Unrolled()),
-        "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(20, "auto", 1)),
-        "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, "auto", 2)),
-        "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(20, "auto", 4)),
+        "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(150, "auto", 1)),
+        "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(150, "auto", 2)),
+        "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(150, "auto", 4)),
         "beta1 = 0": adam(beta1=0.0),
         "beta1 = 0.9": adam(beta1=0.9),
         "eps = 1e-8": adam(eps=1e-8),

@@ -11,10 +11,11 @@ from bilevel.linear import (
     StochasticNeumann,
 )
 from bilevel.loop import solve
-from bilevel.method import Method, State
+from bilevel.method import Method
 from bilevel.presets import bisls, bisps, fixed
 from bilevel.problem import Problem
 from bilevel.record import Record, Result
+from bilevel.state import State
 
 __all__ = [
     "ConjugateGradient",

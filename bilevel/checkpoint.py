@@ -29,7 +29,8 @@ from bilevel.reuse import Habit
 from bilevel.rules import Moments
 
 if TYPE_CHECKING:
-    from bilevel.method import Method, State
+    from bilevel.method import Method
+from bilevel.state import State
 
 VERSION = 6
 

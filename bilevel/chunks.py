@@ -20,12 +20,14 @@ from bilevel.hypergradients import Implicit
 from bilevel.kinks import Kinks
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
-from bilevel.method import Batches, Method, State, _failure
+from bilevel.method import Batches, Method
 from bilevel.noise import MOST, Agreement, Noise, averaged, settles
+from bilevel.numbers import failure as why
 from bilevel.problem import Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
+from bilevel.state import State
 
 SLOTS = 256  # iterations in one call at most
 # where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
@@ -299,7 +301,7 @@ class Chunks:
             if failed or not finite:
                 move = Move(row.outer_step[j], None, outer_trials[j], bool(failed))
                 numbers = row.value[j], row.inner_value[j], row.norm[j]
-                failure[j] = _failure(*numbers, bool(finite), move)
+                failure[j] = why(*numbers, bool(finite), move)
         records = Record.several(
             range(state.k, state.k + taken),
             row.value,

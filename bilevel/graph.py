@@ -22,8 +22,9 @@ from bilevel.kinks import Kinks
 from bilevel.lag import is_behind
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
-from bilevel.method import Method, slopes, unsound
+from bilevel.method import Method
 from bilevel.noise import BOUND, MEMORY
+from bilevel.numbers import slopes, unsound
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments
 from bilevel.traced import Counted, Run, Traced, move
@@ -441,7 +442,7 @@ def _corrected(
     judge: Draw,
     solver: Counted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`bilevel.method.corrected` where y is behind: y, products, evaluations, concavity."""
+    """:func:`bilevel.lag.corrected` where y is behind: y, products, evaluations, concavity."""
 
     def correct(go: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
         assert h.newton is not None

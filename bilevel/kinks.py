@@ -73,6 +73,18 @@ class Kinks(NamedTuple):
         farthest = _where(far > self.farthest, far, self.farthest)
         return self._replace(longest=longest, latest=latest, farthest=farthest)._earn(gain)
 
+    def after(self, leapt: Any, moved: float, norm: float, gain: float) -> Kinks:
+        """After an iteration.
+
+        Args:
+            leapt: False: a leap was refused; None: none was tried; else it was one.
+            moved: length of the step.   norm: of the hypergradient.   gain: of the step.
+        """
+        if leapt:
+            return self.leapt(gain)
+        kinks = self.refused() if leapt is False else self
+        return kinks.found(moved, norm, gain) if moved > 0 else kinks
+
     def _earn(self, gain: Any) -> Kinks:
         budget = MEMORY * (self.budget + gain)
         return self._replace(budget=_where(budget > 0, budget, 0 * budget))

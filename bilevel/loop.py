@@ -17,12 +17,13 @@ from bilevel import require
 from bilevel.data import Cycle
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
-from bilevel.method import Batches, Method, State
+from bilevel.method import Batches, Method
 from bilevel.noise import averaged
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
 from bilevel.progress import Bar
 from bilevel.record import Record, Result
+from bilevel.state import State
 from bilevel.validate import validated
 
 MAX_FAILURES = 10  # outer searches that fail one after the other before the run gives up
@@ -145,7 +146,8 @@ def solve(
     require.flag("", "compile", compile)
     problem = Problem(outer, inner, project)
     if not warm_start:
-        method = replace(method, fresh=True)
+        # where every pair of batches has a y of its own, the mean of several is nobody's
+        method = replace(method, fresh=True, averages=method.averages and data is None)
     state = method.init(x, y)
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:
@@ -254,7 +256,7 @@ def solve(
 
 def _tell_stay(history: list[Record]) -> None:
     """Warn where x stayed in most of the iterations: see :func:`bilevel.lag.is_lost`."""
-    still = (r for r in history if r.outer_step == 0 and r.outer_trials == 0)
+    still = (r for r in history if not (r.outer_step or r.outer_trials or r.failure))
     stayed = sum(r.residual is not None and r.residual > 1 for r in still)
     if 2 * stayed > len(history):
         warnings.warn(

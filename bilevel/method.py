@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
 from numbers import Integral
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +17,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import require
 from bilevel.average import Average
+from bilevel.drawn import Drawn, drawn
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
-from bilevel.kinks import Kinks, leap
+from bilevel.kinks import leap
 from bilevel.lag import arrived, corrected, has_solution, is_behind, is_lost
 from bilevel.layout import Layout, Variable
-from bilevel.linear import Learned, is_conjugate
-from bilevel.noise import Agreement, Noise, averaged
-from bilevel.problem import Cost, Draw, Joint, Oracle, Problem, make_oracle
+from bilevel.linear import is_conjugate
+from bilevel.numbers import Numbers, numbers, unsound
+from bilevel.problem import Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes
 from bilevel.rules import (
     Adam,
     Armijo,
     Line,
-    Moments,
     Move,
     Rule,
     Steepest,
 )
+from bilevel.state import State
 from bilevel.trials import Response, Trials
 
 RULES = "one such as bilevel.rules.Armijo() or Fixed(step=0.1), or use bisls, bisps or fixed"
@@ -46,51 +46,12 @@ SOLVERS = (
 )
 
 
+Point = tuple[Tensor, Tensor]
 # outer, inner, for the Hessian, more outer ones: what a step takes
 Batches = tuple[Any, list[Any], "list[Any] | None", "list[Any] | None"]
 ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
 PATIENCE = 10  # iterations that x waits at most for a y that comes from far; corrections of one
 ROUNDS = 3  # of inner steps and a Newton step, after which y is where a first step is judged
-
-
-@dataclass(frozen=True)
-class State:
-    """All that changes from one outer iteration to the next; never modified in place.
-
-    ``x`` and ``y`` are the answer so far, in the variables as the user gave them: new tensors, or
-    the Module with the values written in. ``vectors`` is the iterate that the next step starts
-    from; the answer is that, or the average of the iterates where fresh batches find it better.
-    """
-
-    layouts: tuple[Layout, Layout] = field(repr=False)
-    vectors: tuple[Tensor, Tensor] = field(repr=False)
-    k: int = 0
-    outer_last: float | None = None  # what the step-size rules carry over
-    inner_last: float | None = None
-    kinks: Kinks = Kinks()
-    moments: Moments = Moments()
-    q: Tensor | None = field(default=None, repr=False)
-    average: Average | None = field(default=None, repr=False)
-    solver: Any = field(default=None, repr=False)  # the user's inner solver
-    cost: Cost = field(default_factory=Cost)
-    seconds: float = 0.0
-    failures: int = 0  # outer searches that failed, one after the other
-    noise: Noise = Noise()  # of the Hessian, where the batches that it averages are 'auto'
-    agreement: Agreement = Agreement()  # of outer batches, where their number is 'auto'
-    learned: Learned = Learned()  # of the linear systems
-
-    @property
-    def x(self) -> Variable:
-        return self.layouts[0].export(self.answer[0])
-
-    @property
-    def y(self) -> Variable:
-        return self.layouts[1].export(self.answer[1])
-
-    @property
-    def answer(self) -> tuple[Tensor, Tensor]:
-        average = self.average
-        return (average.x, average.y) if average and average.ahead else self.vectors
 
 
 @dataclass(frozen=True)
@@ -265,63 +226,56 @@ class Method:
         x, _ = state.vectors
         draws = [Draw(batch) for batch in inner_batches]
         y, path, inner = self._inner(oracle, state, draws)
-        drawn = self._drawn(oracle, state, draws, outer_batch, hessian_batches, more_outer_batches)
-        outer, hessian = drawn.outer, drawn.hessian
+        alone = self.is_alone(outer_batch, more_outer_batches)
+        outers = (outer_batch, *(more_outer_batches or []))
+        batches = drawn(oracle, self.wanted(state), draws, outers, hessian_batches, alone)
+        outer, hessian = batches.outer, batches.hessian
+        still = self.is_still(batches.batched, bool(batches.others))
+        kappa = 1.0 if batches.alone else state.agreement.kappa(batches.many)
         h = self.hypergradient.estimate(oracle, x, y, outer, hessian, path, state.q, state.learned)
         searches = self.outer_rule.searches(state.k, state.outer_last)
         if searches and self.refreshes:
-            y, h = self._refreshed(oracle, state, drawn, draws[0], y, h, path)
-        lost = self._stays(state, drawn, h)
+            y, h = self._refreshed(oracle, state, batches, draws[0], y, h, path)
+
         d, moments = self.direction(h.grad, state.moments)
+        lost = still and self._is_lost(state, h)
         if lost:
             moments, searches = state.moments, False
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
         first = state.outer_last is None
-        rise = state.kinks.allowed(drawn.kappa)
+        rise = state.kinks.allowed(kappa)
         trials = Trials(
             *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size),
-            *(drawn.kappa, first, rise),
+            *(kappa, first, rise),
         )
         line = trials.line
         leapt = None if lost else self._leapt(state, line, d, h, rise)
         stay = Move(0.0, state.outer_last) if lost else None
         move = stay or leapt or self.outer_rule(line, state.k, state.outer_last)
+        if leapt is False:
+            move = move._replace(trials=move.trials + 1)
         new_x, new_y = trials.reach(move.size)
-        new_y = y if new_y is None else new_y
-        n = self._numbers(oracle, state, drawn, inner, h, trials, move, (new_x, new_y))
-
-        # a failed search leaves a good point to go on from; numbers that are not finite do not
-        numeric = not all(map(math.isfinite, (n.value, n.inner_value, n.norm))) or not n.finite
-        failure = _failure(n.value, n.inner_value, n.norm, n.finite, move)
+        point = new_x, y if new_y is None else new_y
+        steps = inner.value, inner.size, inner.spoiled
+        n = numbers(oracle, batches, state.average, steps, h, trials, move, point)
+        failure = n.failure(move)
         agreement, average = state.agreement, state.average
         if n.alpha > 0:
-            agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, drawn.many)
-        # on y's way from the user's start h is of another place than y*(x), and x waits where the
-        # first step gains less than what y still has to go
-        waits = self.may_wait(state) and is_behind(n.here, n.there, move.gain)
-        if self.may_begin(state) and n.alpha > 0 and has_solution(h) and not (waits or numeric):
-            settled = partial(self._settled, oracle, state, draws, oracle.joint(hessian), inner, h)
-            move, (new_x, new_y) = arrived(oracle, outer, trials, line, move, settled)
+            agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, batches.many)
+        # a failed search leaves a good point to go on from; numbers that are not finite do not
+        if n.sound:
+            settle = partial(self._settled, oracle, state, draws, oracle.joint(hessian), inner, h)
+            judged = partial(arrived, oracle, outer, trials, line, move, settle)
+            here, found = (x, y), (move, point)
+            move, point = self._settle(oracle, state, draws[0], h, n, here, found, judged, lost)
             n = n._replace(alpha=float(move.size))
-            if move.last is None and state.k >= PATIENCE:
-                move = move._replace(last=n.alpha)
-        behind = lost or waits or is_behind(n.here, n.there, n.alpha * abs(n.slope))
-        if self.corrects and not self.fresh and behind and not (numeric or move.failed):
-            if waits:
-                new_x, new_y, move = x, y, Move(0.0, None, move.trials)
-                n = n._replace(alpha=0.0)
-            new_y, learned = corrected(oracle, new_x, new_y, h, draws[0])
-            h.learned.append(learned)
         kinks = state.kinks
-        if leapt:
-            kinks = kinks.leapt(move.gain)
-        elif leapt is False:
-            move, kinks = move._replace(trials=move.trials + 1), kinks.refused()
-        if self.leaps and not leapt and n.alpha > 0:
+        if self.leaps:
             # what a first search gains is not to be lost again
-            kinks = kinks.found(n.alpha * n.length, n.norm, 0.0 if first else move.gain)
+            gain = 0.0 if first else move.gain
+            kinks = kinks.after(leapt, n.alpha * n.length, n.norm, gain)
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -335,29 +289,28 @@ class Method:
             inner_failures=inner.failures,
             residual=None if h.residual is None else n.residual,
             hessian_batches=len(hessian),
-            outer_batches=drawn.many,
+            outer_batches=batches.many,
             gradients=cost.gradients,
             hessian_products=cost.hessian_products,
             loss_evaluations=cost.loss_evaluations,
             seconds=state.seconds,
             failure=failure,
         )
-        if numeric:
+        if not n.sound:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
 
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
-        if drawn.still:  # noise, where there is some, is not to be fitted closer
-            concave = learned.concave if drawn.batched else learned.lately
+        if still:  # noise, where there is some, is not to be fitted closer
+            concave = learned.concave if batches.batched else learned.lately
             learned = learned.judge(math.inf if lost else n.apart, concave)
-            unsolved = learned.unsolved + 1 if n.residual > 1 else 0
-            learned = learned._replace(unsolved=unsolved)
+            learned = learned._replace(unsolved=learned.unsolved + 1 if n.residual > 1 else 0)
         if average and math.isfinite(n.difference):
             average = average.compare(n.difference).add(oracle, x, y)
-        elif self.averages and drawn.noisy:
+        elif self.averages and batches.noisy:
             average = Average(x, y)
         new = replace(
             state,
-            vectors=(x, y) if move.failed else (new_x, new_y),
+            vectors=(x, y) if move.failed else point,
             k=state.k + 1,
             outer_last=move.last,
             inner_last=inner.last,
@@ -374,11 +327,47 @@ class Method:
         )
         return new, record
 
-    def _stays(self, state: State, drawn: _Drawn, h: Estimate) -> bool:
-        """Whether x stays where it is for want of a hypergradient, which going on with the same
-        system may yet give."""
+    def _settle(
+        self,
+        oracle: Oracle,
+        state: State,
+        judge: Draw,
+        h: Estimate,
+        n: Numbers,
+        here: Point,
+        found: tuple[Move, Point],
+        judged: Callable[[], tuple[Move, Point]],
+        lost: bool,
+    ) -> tuple[Move, Point]:
+        """The step that was ``found`` and where it leads; a shorter one, or none, where y has yet
+        to arrive; and y nearer to its solution, where it lags behind.
+
+        Args:
+            here: where the step begins.   judged: the step, where it is the first.
+            lost: see :func:`bilevel.lag.is_lost`.
+        """
+        move, point = found
+        # on y's way from the user's start h is of another place than y*(x), and x waits where the
+        # first step gains less than what y still has to go
+        waits = self.may_wait(state) and is_behind(n.here, n.there, move.gain)
+        if self.may_begin(state) and n.alpha > 0 and has_solution(h) and not waits:
+            move, point = judged()
+            if move.last is None and state.k >= PATIENCE:
+                move = move._replace(last=float(move.size))
+        behind = lost or waits or is_behind(n.here, n.there, float(move.size) * abs(n.slope))
+        if self.corrects and not self.fresh and behind and not move.failed:
+            if waits:
+                move, point = Move(0.0, None, move.trials), here
+            y, learned = corrected(oracle, *point, h, judge)
+            h.learned.append(learned)
+            point = point[0], y
+        return move, point
+
+    def _is_lost(self, state: State, h: Estimate) -> bool:
+        """Whether x is to stay for want of a hypergradient, which going on with its system may yet
+        give; of a g without noise."""
         solver: Any = getattr(self.hypergradient, "solver", None)
-        goes_on = is_conjugate(solver) and solver.warm_start and drawn.still and not self.fresh
+        goes_on = is_conjugate(solver) and solver.warm_start and not self.fresh
         begun = self._settles and state.outer_last is not None and has_solution(h)
         if h.residual is None or not (goes_on and begun):
             return False
@@ -393,91 +382,11 @@ class Method:
         lengths = torch.stack([torch.linalg.vector_norm(v) for v in (d, h.grad)])
         return leap(line, state.kinks.leap(*lengths.tolist()), rise, state.outer_last) or False
 
-    def _drawn(
-        self,
-        oracle: Oracle,
-        state: State,
-        draws: Sequence[Draw],
-        outer_batch: Any,
-        hessian_batches: Sequence[Any] | None,
-        more_outer_batches: Sequence[Any] | None,
-    ) -> _Drawn:
-        """Which batches the hypergradient is of, and which ones judge it."""
-        (m, judges), (count, more) = self.wanted(state)
-        outers = [Draw(batch) for batch in (outer_batch, *(more_outer_batches or []))]
-        given = draws[::-1] if hessian_batches is None else [Draw(b) for b in hessian_batches]
-        alone = self.is_alone(outer_batch, more_outer_batches)
-        # of a loss that draws random numbers, draws are what elsewhere batches are
-        random = oracle.problem.habit.random
-        if alone and "outer" in random:
-            alone, outers = False, [Draw(outer_batch) for _ in range(m + judges)]
-        if "inner" in random:
-            given = [Draw(draw.batch) for draw in islice(cycle(given), count + more)]
-        hessian = oracle.distinct(given)
-        m = averaged(m, judges, len(outers))
-        others = hessian[count : count + more]
-        batched = draws[0].batch is not None or "inner" in random
-        return _Drawn(
-            # a batch that comes twice counts twice, as m says
-            outer=Joint(outers[:m]) if m > 1 else outers[0],
-            fresh=outers[m : m + judges],
-            hessian=hessian[:count],
-            others=others,
-            many=m,
-            kappa=1.0 if alone else state.agreement.kappa(m),
-            batched=batched,
-            still=self.is_still(batched, bool(others)),
-            noisy=bool(random) or any(draw.batch is not None for draw in (*outers, *draws)),
-        )
-
-    def _numbers(
-        self,
-        oracle: Oracle,
-        state: State,
-        drawn: _Drawn,
-        inner: _Inner,
-        h: Estimate,
-        trials: Trials,
-        move: Move,
-        reached: tuple[Tensor, Tensor],
-    ) -> _Numbers:
-        """What the host looks at after an outer step, which leads to ``reached``."""
-        x, y, (new_x, new_y) = trials.x, trials.y, reached
-        own = seen = excess = h.value * math.nan
-        follows = trials.response not in (None, "frozen")  # or y stays behind
-        if drawn.fresh and h.fy is not None and follows:
-            _, fx, fy = oracle.outer_gradients(x, y, drawn.fresh[0])
-            own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
-        here = there = torch.zeros_like(h.value) if h.lag is None else h.lag
-        if drawn.others and h.elsewhere:
-            excess, there = h.elsewhere(drawn.others[0])
-        average = state.average
-        average_value = average.value(oracle, drawn.outer) if average else h.value
-        inner_value = h.inner_value if h.inner_value is not None else inner.value
-        return _Numbers(
-            value=h.value,
-            inner_value=inner_value + inner.spoiled,
-            norm=torch.linalg.vector_norm(h.grad),
-            length=torch.linalg.vector_norm(trials.d) if self.leaps else math.nan,
-            alpha=move.size,
-            beta=inner.size,
-            residual=math.nan if h.residual is None else h.residual,
-            finite=new_x.isfinite().all() & new_y.isfinite().all(),
-            difference=h.value - average_value,
-            slope=trials.slope,
-            here=here,
-            there=there,
-            excess=excess,
-            apart=trials.apart,
-            own=own,
-            seen=seen,
-        ).on_host(x.device)
-
     def _refreshed(
         self,
         oracle: Oracle,
         state: State,
-        drawn: _Drawn,
+        batches: Drawn,
         judge: Draw,
         y: Tensor,
         h: Estimate,
@@ -497,7 +406,7 @@ class Method:
                 break
             y, q = nearer, h.q
             h = self.hypergradient.estimate(
-                oracle, x, y, drawn.outer, drawn.hessian, path, q, learned
+                oracle, x, y, batches.outer, batches.hessian, path, q, learned
             )
         return y, h
 
@@ -568,90 +477,8 @@ def feasible(oracle: Oracle, x: Tensor, g: Tensor, d: Tensor, t: float) -> Tenso
     return torch.where(scaled <= ANGLE * plain, d, steepest)
 
 
-def slopes(
-    h: Estimate, fresh: tuple[Tensor, Tensor], step: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """<f_x, dx> + <f_y, dy> of the draw that h was computed on, and of a fresh one with these f_x
-    and f_y."""
-    assert h.fy is not None
-    (fx, fy), (dx, dy) = fresh, step
-    own = torch.dot(h.direct, dx) + torch.dot(h.fy, dy)
-    return own, torch.dot(fx, dx) + torch.dot(fy, dy)
-
-
-def unsound(value: Tensor) -> Tensor:
-    """It, where it is not finite; or 0."""
-    return torch.where(value.isfinite(), 0.0, value)
-
-
 def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:
     return oracle.value("inner", x, y - t * gy, draw)
-
-
-def _failure(
-    value: float, inner_value: float, norm: float, finite: float, move: Move
-) -> str | None:
-    for what, number in (
-        ("the inner loss", inner_value),  # first, since y enters the outer one
-        ("the outer loss", value),
-        ("the norm of the hypergradient", norm),
-    ):
-        if not math.isfinite(number):
-            return f"{what} is {number}"
-    if move.failed and not move.trials:
-        return "the slope of the outer line search is not finite"
-    if move.failed:
-        return f"the outer line search found no acceptable step in {move.trials} trials"
-    if not finite:
-        return "the step led to a point that is not finite"
-    return None
-
-
-class _Drawn(NamedTuple):
-    """The batches of an outer step.
-
-    Attributes:
-        outer, hessian: of the hypergradient.   fresh, others: none of it, to judge these.
-        many: outer batches.   kappa: of so many, see :class:`bilevel.noise.Agreement`.
-        batched: whether g has batches, or draws.   still: whether it is the same in all of them.
-        noisy: whether there are any.
-    """
-
-    outer: Draw
-    fresh: Sequence[Draw]
-    hessian: Sequence[Draw]
-    others: Sequence[Draw]
-    many: int
-    kappa: float
-    batched: bool
-    still: bool
-    noisy: bool
-
-
-class _Numbers(NamedTuple):
-    """What the host looks at of an iteration: numbers, or tensors of one."""
-
-    value: Any
-    inner_value: Any
-    norm: Any
-    length: Any
-    alpha: Any
-    beta: Any
-    residual: Any
-    finite: Any
-    difference: Any
-    slope: Any
-    here: Any
-    there: Any
-    excess: Any
-    apart: Any
-    own: Any
-    seen: Any
-
-    def on_host(self, device: torch.device) -> _Numbers:
-        """All of them, at the cost of waiting once."""
-        wide = (torch.as_tensor(number, dtype=torch.float64, device=device) for number in self)
-        return _Numbers(*torch.stack(list(wide)).tolist())
 
 
 @dataclass

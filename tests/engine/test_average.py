@@ -129,3 +129,15 @@ def test_an_average_that_is_no_number_begins_anew() -> None:
     problem = bilevel.Problem(outer_with_hole, inner)
     after, _ = bilevel.bisls("sgd").step(problem, replace(state, average=broken), batches[0], 2)
     assert after.average.terms == 1 and torch.isfinite(after.average.x).all()
+
+
+def test_pairs_whose_y_starts_afresh_have_no_average() -> None:
+    """Each pair has a y of its own, of which a mean says nothing."""
+    x, y = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    pairs = [(batch, batch) for batch in draws(9, 1)]
+
+    def average(warm_start: bool) -> Any:
+        given = {"data": pairs, "steps": 20, "warm_start": warm_start}
+        return bilevel.solve(outer, inner, x, y, **given).state.average
+
+    assert average(True) is not None and average(False) is None

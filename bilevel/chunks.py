@@ -16,13 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel.average import Average
 from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
+from bilevel.host import failure as why
 from bilevel.hypergradients import Implicit
 from bilevel.kinks import Kinks
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
 from bilevel.method import Batches, Method
 from bilevel.noise import MOST, Agreement, Noise, averaged, settles
-from bilevel.numbers import failure as why
 from bilevel.problem import Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record

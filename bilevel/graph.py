@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
 from bilevel.average import Average
+from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Estimate, Followed, Implicit
 from bilevel.kinks import Kinks
 from bilevel.lag import is_behind
@@ -24,7 +25,6 @@ from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method
 from bilevel.noise import BOUND, MEMORY
-from bilevel.numbers import slopes, unsound
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments
 from bilevel.traced import Counted, Run, Traced, move

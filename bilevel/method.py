@@ -18,13 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel import require
 from bilevel.average import Average
 from bilevel.drawn import Drawn, drawn
+from bilevel.host import Numbers, numbers, unsound
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.kinks import leap
 from bilevel.lag import arrived, corrected, has_solution, is_behind, is_lost
 from bilevel.layout import Layout, Variable
 from bilevel.linear import is_conjugate
-from bilevel.numbers import Numbers, numbers, unsound
 from bilevel.problem import Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes

@@ -50,8 +50,10 @@ def bisls(
         f(x + alpha d, y(alpha)) <= f(x, y) + c alpha phi'(0) + slack |f(x, y)|
 
     with c between 0.3 and 0.6, as the noise of f asks for, and 0.8 for the inner steps. f is the
-    mean of 1 to 8 outer batches, as it asks for, too. A first step is judged once more where y has
-    settled, and where f has kinks a longer step than those found is tried now and then.
+    mean of 1 to 8 outer batches, as it asks for, too, or of as many draws, where f draws random
+    numbers itself. A first step is judged once more where y has settled; where f has kinks a longer
+    step than those found is tried now and then; and while the linear system of h is left unsolved
+    (a residual above 1 three times in a row, without noise in g) x stays.
 
     Args:
         direction: 'adam' or 'sgd' (A = I). The inner direction is -g_y in both.

@@ -13,11 +13,7 @@ import bilevel
 from bilevel import Problem
 from bilevel.average import Average
 from bilevel.noise import Agreement, Noise
-
-H = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
-J = torch.tensor([[1.0, 0.5], [-0.4, 0.7], [0.2, -1.1]], dtype=torch.float64)  # of y* = J x
-X, Y = torch.tensor([1.0, -2.0]).double(), torch.zeros(3, dtype=torch.float64)
-EXACT = bilevel.Implicit(bilevel.ConjugateGradient(steps=9, rtol=1e-14))
+from tests.engine.test_agreement import EXACT, H, J, X, Y
 
 
 def still(x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.problems import Case, distillation, solved
+from benchmarks.problems import Case, Shuffled, distillation, solved
 
 
 def _normal(seed: int) -> tuple[torch.Generator, Callable[..., Tensor]]:
@@ -172,18 +172,22 @@ def augmentation(seed: int) -> Case:
     return Case(outer, inner, torch.full((12,), -1.0), torch.zeros(12), objective)
 
 
-def wide(seed: int) -> Case:
-    """A penalty per feature of a regression on 200 features, of 40 rows alone."""
+def wide(seed: int, size: int | None = None) -> Case:
+    """A penalty per feature of a regression on 200 features, of 40 rows alone; batches of so many
+    at both levels, or none."""
     _, draw = _normal(seed)
     scale = 1 / torch.arange(1, 201, dtype=torch.float64)
     A, B, w = draw(40, 200) * scale, draw(60, 200) * scale, 0.1 * draw(200) / scale
     a, b = A @ w + 0.3 * draw(40), B @ w
 
-    def inner(x: Tensor, y: Tensor) -> Tensor:
-        return (A @ y - a).square().mean() / 2 + (x.exp() * y.square()).sum() / 2
+    def error(y: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+        return (rows[0] @ y - rows[1]).square().mean() / 2
 
-    def outer(x: Tensor, y: Tensor) -> Tensor:
-        return (B @ y - b).square().mean() / 2
+    def inner(x: Tensor, y: Tensor, rows: tuple[Tensor, Tensor] = (A, a)) -> Tensor:
+        return error(y, rows) + (x.exp() * y.square()).sum() / 2
+
+    def outer(x: Tensor, y: Tensor, rows: tuple[Tensor, Tensor] = (B, b)) -> Tensor:
+        return error(y, rows)
 
     def objective(x: Tensor) -> float:
         loose = x.neg().exp()  # y = loose A^T u, which no penalty is too small for
@@ -191,7 +195,13 @@ def wide(seed: int) -> Case:
         return float(outer(x, loose * (A.T @ u)))
 
     x = torch.full((200,), -5.0, dtype=torch.float64)
-    return Case(outer, inner, x, torch.zeros(200, dtype=torch.float64), objective)
+    data = {}
+    if size is not None:
+        data = {
+            "outer_data": Shuffled(B, b, size=size),
+            "inner_data": Shuffled(A, a, size=size),
+        }
+    return Case(outer, inner, x, torch.zeros(200, dtype=torch.float64), objective, data)
 
 
 def words(seed: int) -> Case:
@@ -272,6 +282,7 @@ STUMBLES: dict[str, Callable[[int], Case]] = {
     "frequencies": frequencies,
     "augmentation": augmentation,
     "more features than rows": wide,
+    "more features than rows, batches": partial(wide, size=20),
     "penalties of words": words,
     "posterior": posterior,
     "own batches": own_batches,

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import os
 import pickle
 import traceback
 import warnings
@@ -214,6 +215,7 @@ def work(rank, size, folder):
     with open(f"{folder}/{rank}.pickle", "wb") as file:
         pickle.dump(found, file)
     dist.destroy_process_group()
+    os._exit(0)  # torch aborts now and then where an interpreter ends that has had a group
 
 
 def attempt(case, *args):

@@ -20,7 +20,7 @@ from benchmarks.report import write
 from bilevel.hypergradients import Course, Estimate, Followed, Implicit
 from bilevel.linear import UNTAUGHT, Product
 from bilevel.method import Method
-from bilevel.presets import SEARCHED_ADAM
+from bilevel.presets import DEFAULT, SEARCHED_ADAM
 from bilevel.rules import Adam, Armijo, Fixed
 
 # a default must not fail where batches are small, which is where most alternatives do
@@ -41,10 +41,8 @@ class Convex(bilevel.ConjugateGradient):
         return self._steps(product, b, q0, UNTAUGHT)[0]
 
 
-def cg(
-    steps: int, rtol: float | Literal["auto"], average: int | Literal["auto"] = "auto"
-) -> bilevel.Implicit:
-    return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol), average=average)
+def cg(steps: int, rtol: float | Literal["auto"]) -> bilevel.Implicit:
+    return bilevel.Implicit(bilevel.ConjugateGradient(steps, rtol), average="auto")
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,9 @@ def variants() -> dict[str, Method]:
             "adam", hypergradient=bilevel.Implicit(Convex(20, 0.1), average="auto")
         ),
         "unrolled": bilevel.bisls("adam", hypergradient=bilevel.Unrolled()),
-        "1 Hessian batch": bilevel.bisls("adam", hypergradient=cg(150, "auto", 1)),
-        "2 Hessian batches": bilevel.bisls("adam", hypergradient=cg(150, "auto", 2)),
-        "4 Hessian batches": bilevel.bisls("adam", hypergradient=cg(150, "auto", 4)),
+        "1 Hessian batch": bilevel.bisls("adam", hypergradient=replace(DEFAULT, average=1)),
+        "2 Hessian batches": bilevel.bisls("adam", hypergradient=replace(DEFAULT, average=2)),
+        "4 Hessian batches": bilevel.bisls("adam", hypergradient=replace(DEFAULT, average=4)),
         "beta1 = 0": adam(beta1=0.0),
         "beta1 = 0.9": adam(beta1=0.9),
         "eps = 1e-8": adam(eps=1e-8),

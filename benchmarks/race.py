@@ -49,9 +49,11 @@ def race(
     tuned = watched(EVERY[case](seed), cell.fixed(batches), seed, every)
     ours = watched(EVERY[case](seed), name, seed, every)
     target, last = tuned[-1]
-    there = next((record for value, record in ours if value <= target), None)
-    near = target + CLOSE * abs(target)
-    close = next((record for value, record in ours if value <= near), None)
+
+    def first(limit: float) -> bilevel.Record | None:
+        return next((record for value, record in ours if value <= limit), None)
+
+    there, close = first(target), first(target + CLOSE * abs(target))
     in_time = [value for value, record in ours if record.seconds <= last.seconds]
     return {
         "cell ends at": target,

@@ -30,7 +30,7 @@ from bilevel.rules import Moments
 
 if TYPE_CHECKING:
     from bilevel.method import Method
-from bilevel.state import State
+    from bilevel.state import State
 
 VERSION = 6
 

@@ -71,9 +71,14 @@ def numbers(
     trials: Trials,
     move: Move,
     reached: tuple[Tensor, Tensor],
+    measures: bool,
 ) -> Numbers:
-    """Of an outer step that leads to ``reached``; ``inner``: g at the last inner step, its size,
-    and 0, or what is not finite where any g on the way was not."""
+    """Of an outer step that leads to ``reached``.
+
+    Args:
+        inner: g at the last inner step, its size, and 0, or what is not finite where any g on the
+            way was not.   measures: whether the length of d is asked for; NaN otherwise.
+    """
     (x, y), (new_x, new_y), (inner_value, beta, spoiled) = (trials.x, trials.y), reached, inner
     own = seen = excess = h.value * math.nan
     follows = trials.response not in (None, "frozen")  # or y stays behind
@@ -90,7 +95,7 @@ def numbers(
         value=h.value,
         inner_value=inner_value + spoiled,
         norm=torch.linalg.vector_norm(h.grad),
-        length=torch.linalg.vector_norm(trials.d),
+        length=torch.linalg.vector_norm(trials.d) if measures else math.nan,
         alpha=move.size,
         beta=beta,
         residual=math.nan if h.residual is None else h.residual,

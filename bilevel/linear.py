@@ -334,12 +334,11 @@ class ConjugateGradient:
     def _steps(
         self, product: Product, b: Tensor, q0: Tensor | None, learned: Learned
     ) -> tuple[Tensor, Concave]:
-        steps = self.steps
         enough, state = self.begin(product, b, q0, self.enough(learned.halvings))
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
-            q, top, low = self._on_host(product, float(enough), state, steps)
+            q, top, low = self._on_host(product, float(enough), state)
             return q, -low / top if top > 0 else 0.0
-        for i in range(steps):
+        for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
             if i % 5 == 4 and _visible(state[4]) and not state[4]:
                 break
@@ -352,8 +351,8 @@ class ConjugateGradient:
         rtol = self.enough(learned.halvings)
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
-        most = HELD if self.rtol == "auto" else self.steps
-        products = min(self.steps, most, b.numel())
+        most = min(self.steps, HELD) if self.rtol == "auto" else self.steps
+        products = min(most, b.numel())
         z = b.new_zeros(1)
         for i in range(1, products + 1):
             lanczos.advance()
@@ -411,14 +410,14 @@ class ConjugateGradient:
         return q, r, p, new, active, top, low
 
     def _on_host(
-        self, product: Product, enough: float, state: tuple[Tensor, ...], steps: int
+        self, product: Product, enough: float, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, float, float]:
         """:meth:`advance` with Python's numbers: on the CPU its small tensors cost what a product
         of a small problem does. q, and the largest |curvature| and the lowest."""
         q, r, p = state[:3]
         rr, low = float(state[3]), float(state[6])
         top, eps = -low, torch.finfo(q.dtype).eps
-        for _ in range(steps if rr > 0 else 0):
+        for _ in range(self.steps if rr > 0 else 0):
             Hp = product(p)
             pHp, pp = float(torch.dot(p, Hp)), float(torch.dot(p, p))
             if math.isfinite(pHp) and pp > 0:

@@ -259,17 +259,22 @@ class Method:
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
         steps = inner.value, inner.size, inner.spoiled
-        n = numbers(oracle, batches, state.average, steps, h, trials, move, point)
+        n = numbers(oracle, batches, state.average, steps, h, trials, move, point, self.leaps)
         failure = n.failure(move)
         agreement, average = state.agreement, state.average
         if n.alpha > 0:
             agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, batches.many)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         if n.sound:
-            settle = partial(self._settled, oracle, state, draws, oracle.joint(hessian), inner, h)
-            judged = partial(arrived, oracle, outer, trials, line, move, settle)
+            searched = move  # by the search alone
+
+            def judged() -> tuple[Move, Point]:
+                joint = oracle.joint(hessian)
+                settled = partial(self._settled, oracle, state, draws, joint, inner, h)
+                return arrived(oracle, outer, trials, line, searched, settled)
+
             here, found = (x, y), (move, point)
-            move, point = self._settle(oracle, state, draws[0], h, n, here, found, judged, lost)
+            move, point = self._follow_up(oracle, state, draws[0], h, n, here, found, judged, lost)
             n = n._replace(alpha=float(move.size))
         kinks = state.kinks
         if self.leaps:
@@ -327,7 +332,7 @@ class Method:
         )
         return new, record
 
-    def _settle(
+    def _follow_up(
         self,
         oracle: Oracle,
         state: State,

@@ -316,12 +316,12 @@ def goal(x, y):
     return (y - torch.arange(8) / 4).square().sum() / 2 + x.square().sum() / 2
 
 
-def advanced(unsolved, last=0.5, inner=steep, given=(3, None), **settings):
+def advanced(unsolved, last=0.5, given=(3, None), **settings):
     """(state before, state after, record) of a step after so many unsolved ones."""
     method = replace(bilevel.bisls(hypergradient=FEW), **settings)
     state = method.init(t([0.5, -1.0, 0.3]), t([0.1] * 8))
     state = replace(state, k=5, outer_last=last, learned=Learned(unsolved=unsolved))
-    problem = bilevel.Problem(goal, inner)
+    problem = bilevel.Problem(goal, steep)
     return state, *method.step(problem, state, None, *given)
 
 
@@ -381,27 +381,24 @@ def test_what_is_counted():
 
 
 @pytest.mark.filterwarnings("ignore:x stayed:RuntimeWarning")
-@pytest.mark.parametrize(("problem", "enough"), [(wide, 0.1), (words, 0.1)])
-def test_f_is_not_flattered_where_g_is_nearly_flat(problem, enough):
+@pytest.mark.parametrize("problem", [wide, words])
+def test_f_is_not_flattered_where_g_is_nearly_flat(problem):
     """20 products and no waiting ended at 0.28 and 0.76, the latter above the start."""
     case = problem(0)
     result = case.solve("bisls-adam", steps=100, inner_steps=10, seed=0)
-    assert case.objective(result.x) < enough
+    assert case.objective(result.x) < 0.1
 
 
 def test_the_user_is_told_that_x_stayed():
-    def solve(many):
-        method = bilevel.bisls(hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(many)))
-        flat = 1e-9 ** torch.linspace(0, 1, 50, dtype=torch.float64)
+    flat = 1e-9 ** torch.linspace(0, 1, 50, dtype=torch.float64)
 
-        def inner(x, y):
-            return y @ (flat * y) / 2 + 1e-3 * (x - 1) @ y
+    def inner(x, y):
+        return y @ (flat * y) / 2 + 1e-3 * (x - 1) @ y
 
-        def outer(x, y):
-            return (y - 1).square().sum() / 2
+    def outer(x, y):
+        return (y - 1).square().sum() / 2
 
-        x, y = torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
-        return bilevel.solve(outer, inner, x, y, steps=20, method=method)
-
+    zero = torch.zeros(50, dtype=torch.float64)
+    method = bilevel.bisls(hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(2)))
     with pytest.warns(RuntimeWarning, match=r"x stayed where it was in \d+ of 20 iterations"):
-        solve(2)
+        bilevel.solve(outer, inner, zero, zero, steps=20, method=method)

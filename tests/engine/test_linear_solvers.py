@@ -252,7 +252,7 @@ def test_cg_with_numbers_of_the_host_is_that_in_tensors(spectrum, b, guess):
     solver = ConjugateGradient(steps=8, rtol=1e-8)
     right, q0 = t(system.b), t(np.arange(1.0, len(spectrum) + 1)) if guess else None
     enough, state = solver.begin(system.product, right, q0, solver.rtol)
-    found, top, low = solver._on_host(system.product, float(enough), state, solver.steps)
+    found, top, low = solver._on_host(system.product, float(enough), state)
     system.count = 0
     enough, state = solver.begin(system.product, right, q0, solver.rtol)
     steps = 0

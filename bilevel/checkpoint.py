@@ -288,7 +288,7 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
     def here(t: Any) -> Any:
         return t.to(device) if isinstance(t, torch.Tensor) else t
 
-    m, v, count = content["moments"]
+    m, v, count, weight = (*content["moments"], 1.0)[:4]  # files did not always hold it
     average = content["average"]
     restored = replace(
         state,
@@ -297,7 +297,7 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         outer_last=content["last"][0],
         inner_last=content["last"][1],
         kinks=Kinks(*content.get("kinks", ())),  # files did not always hold them
-        moments=Moments(here(m), here(v), count),
+        moments=Moments(here(m), here(v), count, weight),
         q=here(content["q"]),
         average=average and Average(here(average[0]), here(average[1]), *average[2:]),
         solver=content["solver"],

@@ -251,10 +251,8 @@ class Chunks:
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
         known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned[:2]
-        scalars = torch.tensor(
-            [state.k, *lasts, moments.n, terms, gain, state.failures, *known, *state.kinks],
-            dtype=torch.float64,
-        )
+        carried = *moments[2:], terms, gain, state.failures, *known, *state.kinks
+        scalars = torch.tensor([state.k, *lasts, *carried], dtype=torch.float64)
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
         counts = torch.tensor(drawn.iterations), tuple(map(torch.tensor, joined.many))
@@ -275,12 +273,12 @@ class Chunks:
         from bilevel.graph import SCALARS, Row
 
         _, _, rows, scalars, x, y, q, *rest = outcome
-        k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.tolist()
+        k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.tolist()
         noise, noises, signal, unlike, agreed, concave, halvings, *kinks = known
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
-            moments = Moments(rest[0], rest[1], int(n))
+            moments = Moments(rest[0], rest[1], int(n), weight)
         average = state.average and Average(rest[-2], rest[-1], int(terms), gain)
         cost, spent = replace(state.cost), time.perf_counter() - began
         columns = Row(*rows[:taken].unbind(1))

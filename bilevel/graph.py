@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Estimate, Followed, Implicit
-from bilevel.kinks import Kinks
+from bilevel.kinks import STRAIGHT, Kinks
 from bilevel.lag import is_behind
 from bilevel.layout import rebuild
 from bilevel.linear import CONCAVE, Learned
@@ -33,7 +33,7 @@ from bilevel.trials import ceiling
 # what goes from one iteration to the next beside the vectors, as one vector of float64; a step
 # that there is not yet is NaN
 SCALARS = (
-    *("k", "outer_last", "inner_last", "moments", "terms", "gain", "failures"),
+    *("k", "outer_last", "inner_last", "moments", "weight", "terms", "gain", "failures"),
     *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
     *Kinks._fields,
 )
@@ -150,7 +150,7 @@ class Iterations:
     ) -> tuple[Row, Tensor, list[Tensor]]:
         """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
-        k, outer_last, inner_last, n, terms, gain, failures, *known = scalars.unbind()
+        k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.unbind()
         noise, noises, *agreement, concave, halvings = known[: -len(Kinks._fields)]
         # copies: two views of one tensor may not enter the loop of a search together
         kinks = Kinks(*(n.clone() for n in known[-len(Kinks._fields) :]))
@@ -186,7 +186,8 @@ class Iterations:
             noise_new, noises_new = _noise(noise, noises, excess.double(), joined[1])
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
-        d, moved = self.method.direction(h.grad, Moments(first, second, n))  # type: ignore[arg-type]
+        moments = Moments(first, second, n, weight)  # type: ignore[arg-type]
+        d, moved = self.method.direction(h.grad, moments, kinks.share)
 
         lasts = outer_last, kinks
         kappa = _kappa(agreement, m, self.alone)
@@ -240,6 +241,7 @@ class Iterations:
                 torch.where(finite, step.last, outer_last),
                 torch.where(finite, inner.last, inner_last),
                 torch.where(finite, n + 1, n) if self.moments else n,
+                torch.where(finite, moved.w, weight),
                 terms,
                 gain,
                 torch.where(finite & failed, failures + 1, 0.0),
@@ -344,23 +346,25 @@ class Iterations:
             else:
                 slope, apart, follow = h.respond(d, first)
 
+        leap = kinks.leap(length, norm, last, kappa) * self.method.leaps
+
         def reach(t: Tensor) -> tuple[Tensor, Followed]:
             t = t.to(x.dtype)
             xt = x + t * d
             return xt, follow(t, xt) if follow is not None else Followed(y, True, y)
 
-        def phi(t: Tensor) -> tuple[Tensor, Tensor | int]:
-            xt, (yt, trusted, bent, _) = reach(t)
+        def phi(t: Tensor) -> tuple[Tensor, Tensor | int, Tensor]:
+            xt, (yt, trusted, bent, off) = reach(t)
             value = oracle.value("outer", xt, yt, outer)
             if follow is None:
-                return value, many[0]
+                return value, many[0], value
             assert isinstance(trusted, Tensor)
             there = oracle.value("outer", xt, bent, outer)
             twice = trusted & ~first & (there <= most)
             value = torch.where(trusted & first, there, torch.where(twice, value, torch.inf))
-            return value, (trusted + 0 + twice) * many[0] + many[1]
+            value = torch.where((t == leap) & (off > STRAIGHT), torch.inf, value)
+            return value, (trusted + 0 + twice) * many[0] + many[1], there
 
-        leap = kinks.leap(length, norm) if self.method.leaps else torch.zeros_like(norm)
         found = move(rule, h.value, slope, phi, k, last, kappa, True, (leap, rise))
         size, last, trials, failed, evaluations, leapt, gain = found
         searched = kinks.refused().where((leap > 0) & (slope < 0), kinks)

@@ -35,12 +35,13 @@ from bilevel.problem import Draw, Oracle, Products
 
 class Followed(NamedTuple):
     """y where x is x + t d; whether it can be trusted; where y is if it bends with y*, as far as f
-    sees that: y itself where nothing is known of it; and whether g is as second order says."""
+    sees that: y itself where nothing is known of it; and by which share of what second order says
+    g gains by following more or less than that."""
 
     y: Tensor
     trusted: Tensor | bool
     bent: Tensor
-    near: Tensor | bool = True
+    off: Tensor | float = 0.0
 
 
 # (t, x + t d) -> y there
@@ -63,8 +64,7 @@ Respond = Callable[..., Course]
 # of a loss, in units of its precision: where a network fits its data, g is 0.01 and logits are 10.
 # A short step that is refused for such an error is halved, and so are all that follow
 ROUNDING = 512
-CLOSE = 0.9  # of what second order says that g gains by following; a first step is to be so near
-NEAR = 0.25  # of it: there y is near y*, of which nothing else need tell
+CLOSE = 0.9  # share by which g may be off along a first step
 HYPERGRADIENTS = "a linear solver as bilevel.Implicit(solver), or Unrolled() or FiniteDifference()"
 
 
@@ -242,21 +242,19 @@ class Implicit:
                 rounding = ROUNDING * torch.finfo(y.dtype).eps * stayed.abs()
                 # where g overflows it does so from either y, and says nothing
                 trusted = (moved <= stayed + rounding) & moved.isfinite()
-                near: Tensor | bool = True
+                said = t * t * half
+                off = ((stayed - moved - said).abs() - rounding).clamp_min(0)
+                off = off / said.clamp_min(torch.finfo(y.dtype).tiny)
                 if first is not False:
-                    gain, said = stayed - moved, t * t * half
-                    close = gain >= (1 - CLOSE) * said - rounding
-                    close = close & (gain <= (1 + CLOSE) * said + rounding)
-                    trusted = trusted & (close | ~torch.as_tensor(first))
-                    near = (gain - said).abs() <= NEAR * said + rounding
+                    trusted = trusted & ((off <= CLOSE) | ~torch.as_tensor(first))
                 if now.concave > CONCAVE:  # q tells of no solution
-                    return Followed(yt, trusted, yt, near)
+                    return Followed(yt, trusted, yt, off)
                 # on the way from y(t) to y* f changes by -<q, g_y> to first order. What of it is
                 # not of y, nor of w, is of y*, which bends; the smallest change of y(t), in the
                 # norm of g_yy, that makes up for it lies along q
                 turn = torch.dot(q, gy) - lag - t * skew
                 bent = yt - torch.where(fyq > 0, turn / fyq, 0.0) * q
-                return Followed(yt, trusted, bent, near)
+                return Followed(yt, trusted, bent, off)
 
             return Course(fixed + torch.dot(fy, w), apart, follow)
 

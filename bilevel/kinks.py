@@ -13,6 +13,8 @@ from bilevel.rules import Line, Move
 SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
 MEMORY = 0.95  # of what was gained, from one iteration to the next
 LOST, REFUSED = 0.95, 0.5  # share of its length that a leap keeps
+STRAIGHT = 0.1  # share by which g may be off where a leap leads: f is judged along y's tangent
+FARTHER = 2  # times as far as the last search, or it is no leap
 
 
 class Kinks(NamedTuple):
@@ -46,14 +48,24 @@ class Kinks(NamedTuple):
     def shrunk(self) -> Any:
         return SHRUNK * self.latest < self.longest
 
+    @property
+    def share(self) -> Any:
+        """Length of the late ones over that of the longest, between 1 / ``SHRUNK`` and 1."""
+        least = self.longest / SHRUNK
+        late = _where(self.latest > least, self.latest, least)
+        return _where(late > 0, late / (self.longest + (late <= 0)), 1.0)
+
     def allowed(self, kappa: Any) -> Any:
         """By how much f may rise; ``kappa``: see :class:`bilevel.noise.Agreement`."""
         return self.shrunk * self.budget * kappa
 
-    def leap(self, d: Any, h: Any) -> Any:
-        """The alpha to be tried first, 0 for none, from the lengths of d and h."""
+    def leap(self, d: Any, h: Any, last: Any, kappa: Any) -> Any:
+        """The alpha to be tried first, 0 for none, from the lengths of d and h and the alpha of the
+        last search; none where nothing is known of other batches (``kappa`` is 0)."""
         far = self.longest * h
-        return self.shrunk * _where(far < self.farthest, far, self.farthest) / d
+        alpha = self.shrunk * (kappa > 0) * _where(far < self.farthest, far, self.farthest) / d
+        # steps that grow, as on the way from a saddle, are not to be held back by a leap
+        return _where(alpha > FARTHER * last, alpha, 0 * alpha)
 
     def leapt(self, gain: Any) -> Kinks:
         """After a leap that was taken."""

@@ -14,6 +14,7 @@ from bilevel.rules import LEAST_C, Line, Move
 from bilevel.trials import Trials
 
 HALVINGS = 10  # of a first step at most
+NEAR = 0.25  # share by which g may be off where y is near y*, of which nothing else need tell
 LOST = 3  # iterations with a residual above one, of which x stays in the last
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*
 
@@ -80,7 +81,7 @@ def arrived(
         return float(oracle.value("outer", x, settled(x, y, lag), outer))
 
     slope, size, start = float(line.slope), float(move.size), (trials.x, trials.y)
-    if trials.near(size):
+    if trials.straight(size, NEAR):
         return move, reach(size)
     # from where it starts, y is mostly near; at the end <q, g_y> may tell of another place
     found = value(reach(size))

@@ -21,7 +21,7 @@ from bilevel.drawn import Drawn, drawn
 from bilevel.host import Numbers, numbers, unsound
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
-from bilevel.kinks import leap
+from bilevel.kinks import STRAIGHT, leap
 from bilevel.lag import arrived, corrected, has_solution, is_behind, is_lost
 from bilevel.layout import Layout, Variable
 from bilevel.linear import is_conjugate
@@ -85,7 +85,7 @@ class Method:
         require.made_by(
             "", "hypergradient", self.hypergradient, "estimate", "a hypergradient", HYPERGRADIENTS
         )
-        require.function("Method", "direction", self.direction, "a function(g, moments)", 2)
+        require.function("Method", "direction", self.direction, "a function(g, moments, share)", 3)
         for name in ("outer_rule", "inner_rule"):
             rule = getattr(self, name)
             require.made_by("Method", name, rule, "searches", "a rule of steps", RULES)
@@ -237,7 +237,7 @@ class Method:
         if searches and self.refreshes:
             y, h = self._refreshed(oracle, state, batches, draws[0], y, h, path)
 
-        d, moments = self.direction(h.grad, state.moments)
+        d, moments = self.direction(h.grad, state.moments, state.kinks.share)
         lost = still and self._is_lost(state, h)
         if lost:
             moments, searches = state.moments, False
@@ -245,13 +245,12 @@ class Method:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None
         first = state.outer_last is None
-        rise = state.kinks.allowed(kappa)
         trials = Trials(
             *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size),
-            *(kappa, first, rise),
+            *(kappa, first, state.kinks.allowed(kappa)),
         )
         line = trials.line
-        leapt = None if lost else self._leapt(state, line, d, h, rise)
+        leapt = None if lost else self._leapt(state, trials, line, h, kappa)
         stay = Move(0.0, state.outer_last) if lost else None
         move = stay or leapt or self.outer_rule(line, state.k, state.outer_last)
         if leapt is False:
@@ -279,7 +278,7 @@ class Method:
         kinks = state.kinks
         if self.leaps:
             # what a first search gains is not to be lost again
-            gain = 0.0 if first else move.gain
+            gain = 0.0 if first else trials.gain(float(move.size))
             kinks = kinks.after(leapt, n.alpha * n.length, n.norm, gain)
         cost = oracle.cost
         record = Record(
@@ -379,13 +378,18 @@ class Method:
         return is_lost(h.residual, state.learned.unsolved)
 
     def _leapt(
-        self, state: State, line: Line, d: Tensor, h: Estimate, rise: float
+        self, state: State, trials: Trials, line: Line, h: Estimate, kappa: float
     ) -> Move | Literal[False] | None:
         """A leap over a kink; False where it was refused, None where none was tried."""
-        if not (self.leaps and state.kinks.shrunk and bool(line.slope < 0)):
+        leaps = self.leaps and state.outer_last is not None and state.kinks.shrunk
+        if not (leaps and bool(line.slope < 0)):
             return None
-        lengths = torch.stack([torch.linalg.vector_norm(v) for v in (d, h.grad)])
-        return leap(line, state.kinks.leap(*lengths.tolist()), rise, state.outer_last) or False
+        d, norm = torch.stack([torch.linalg.vector_norm(v) for v in (trials.d, h.grad)]).tolist()
+        t = state.kinks.leap(d, norm, state.outer_last, kappa)
+        if not t:
+            return None
+        move = leap(line, t, state.kinks.allowed(kappa), state.outer_last)
+        return move if move and trials.straight(t, STRAIGHT) else False
 
     def _refreshed(
         self,
@@ -401,7 +405,7 @@ class Method:
         way than a step like the last one gains."""
         x, last = state.vectors[0], state.outer_last
         for _ in range(0 if last is None else PATIENCE):
-            d, _ = self.direction(h.grad, state.moments)
+            d, _ = self.direction(h.grad, state.moments, state.kinks.share)
             gain = (last or 0.0) * torch.dot(h.grad, d).abs()
             if not (has_solution(h) and bool(is_behind(h.lag, h.lag, gain))):
                 break

@@ -29,7 +29,7 @@ INNER_C = 0.8
 RETAIN = 0.25
 
 # Little momentum and a bounded preconditioner: a searched step needs a direction of descent
-SEARCHED_ADAM = Adam(beta1=0.5, beta2=0.999, eps=1e-2, normalised=True)
+SEARCHED_ADAM = Adam(beta1="auto", beta2=0.999, eps=1e-2, normalised=True)
 
 
 def bisls(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -209,18 +209,20 @@ class Polyak:
 
 
 class Moments(NamedTuple):
-    """Moving averages of the gradient and its square, and their number of terms."""
+    """Moving averages of the gradient and its square, their number of terms, and the sum of the
+    weights that m gives them."""
 
     m: Tensor | None = None
     v: Tensor | None = None
     n: int = 0
+    w: float = 0.0
 
 
 @dataclass(frozen=True)
 class Steepest:
     """d = -g."""
 
-    def __call__(self, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    def __call__(self, g: Tensor, moments: Moments, share: Any = 1.0) -> tuple[Tensor, Moments]:
         return -g, moments
 
 
@@ -232,7 +234,8 @@ class Adam:
     is replaced by -A^{-1} g, so that what is tested is what is applied.
 
     Args:
-        beta1, beta2: of the moving averages of the gradient and of its square, in [0, 1).
+        beta1, beta2: of the moving averages of the gradient and of its square, in [0, 1). beta1 =
+            'auto': 1 - share^(1/4) / 2, see :meth:`__call__`.
         eps: added to sqrt(v): as it is, or, if ``normalised``, times the largest entry of sqrt(v).
         normalised: average g / ||g||. A search finds the length of the step by itself; a few
             large early gradients would otherwise rule the averages for hundreds of iterations.
@@ -240,22 +243,30 @@ class Adam:
     Reference: Kingma & Ba 2015; Vaswani et al. 2020 for Armijo in the norm of A^{-1}.
     """
 
-    beta1: float = 0.9
+    beta1: float | Literal["auto"] = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     normalised: bool = False
 
-    def __call__(self, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    def __call__(self, g: Tensor, moments: Moments, share: Any = 1.0) -> tuple[Tensor, Moments]:
+        """The direction, and the averages with g in them.
+
+        Args:
+            share: length of the steps of late over that of the longest, a number or a tensor, see
+                :class:`bilevel.kinks.Kinks`.
+        """
+        beta1 = 1 - share**0.25 / 2 if self.beta1 == "auto" else self.beta1
         if self.normalised:
             g = g / torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
         m = torch.zeros_like(g) if moments.m is None else moments.m
         v = torch.zeros_like(g) if moments.v is None else moments.v
         n = moments.n + 1
-        m = torch.lerp(g, m, self.beta1)
+        m = beta1 * m + (1 - beta1) * g
+        w = beta1 * moments.w + (1 - beta1)
         v = torch.lerp(g * g, v, self.beta2)
         root = (v / (1 - self.beta2**n)).sqrt()
         A = root + (self.eps * root.max() if self.normalised else self.eps)
         A = A.clamp_min(torch.finfo(g.dtype).tiny)
-        d = -(m / (1 - self.beta1**n)) / A
+        d = -(m / w) / A
         d = torch.where(torch.dot(g, d) < 0, d, -g / A)
-        return d, Moments(m, v, n)
+        return d, Moments(m, v, n, w)

@@ -24,7 +24,8 @@ from bilevel.steps import envelope, polyak, schedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
-Phi = Callable[[Tensor], tuple[Tensor, "Tensor | int"]]  # t -> phi(t), evaluations of a loss
+# t -> phi(t), evaluations of a loss; and f where y bends, see :meth:`bilevel.trials.Trials.gain`
+Phi = Callable[[Tensor], "tuple[Tensor, Tensor | int] | tuple[Tensor, Tensor | int, Tensor]"]
 
 
 class Found(NamedTuple):
@@ -272,15 +273,16 @@ def search(
         return tally[-1] == 0
 
     def trial(tally: Tensor) -> tuple[Tensor]:
-        t, best, lowest, *flags, left, trials, evaluations, _ = tally.unbind()
+        t, best, lowest, bent, *flags, left, trials, evaluations, _ = tally.unbind()
         accepted, growing, far, leaping = (flag > 0 for flag in flags)
-        seen, cost = phi(t)
+        seen, cost, *there = phi(t)
         seen = seen.double()
         rise = torch.where(leaping, most, c * t * slope + allowed)
         ok = seen.isfinite() & (seen <= value + rise)
         better = ok & (~accepted | (seen < lowest))
         refused = ~ok & ~accepted
         best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)
+        bent = torch.where(better, there[0].double() if there else seen, bent)
         left = left - torch.where(far | leaping, 0.0, 1.0)
         turns = accepted & ~better & growing & (best == start)  # up is worse: down from the start
         done = (better & (leaping | ~brackets)) | (accepted & ~better & ~turns) | (left <= 0)
@@ -288,16 +290,17 @@ def search(
         t = torch.where(turns, start, t)
         t = torch.where(far & refused, last, torch.where(growing, 2.0 * t, 0.5 * t))
         t, far = torch.where(leaping & refused, start, t), far & (leaping | ~refused)
-        new = [t, best, lowest, accepted | better, growing, far, leaping & ~refused, left]
+        new = [t, best, lowest, bent, accepted | better, growing, far, leaping & ~refused, left]
         new += [trials + 1, evaluations + cost, done]
         return (torch.stack([n.double() for n in new]),)
 
-    tally = [torch.where(leaps, length, start), nothing, value, nothing, growing, far, leaps]
+    tally = [torch.where(leaps, length, start), nothing, value, value]
+    tally += [nothing, growing, far, leaps]
     tally += [nothing + rule.max_trials, nothing, nothing, ~descends]
     (found,) = while_loop(going, trial, (torch.stack([n.double() for n in tally]),))
-    _, best, lowest, accepted, _, _, leapt, _, trials, evaluations, _ = found.unbind()
+    _, best, _, bent, accepted, _, _, leapt, _, trials, evaluations, _ = found.unbind()
     leapt, accepted = leapt > 0, accepted > 0
     size, failed = torch.where(accepted, best, 0.0), ~sound | (descends & ~accepted)
     remembered = torch.maximum(best, rule.retain * last.nan_to_num(0.0))
     last = torch.where(accepted & ~leapt, remembered, last)
-    return Found(size, last, trials, failed.double(), evaluations, leapt, value - lowest)
+    return Found(size, last, trials, failed.double(), evaluations, leapt, value - bent)

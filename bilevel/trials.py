@@ -55,6 +55,7 @@ class Trials:
         self._h, self.d, self._inner_size = h, d, inner_size
         self._projects = oracle.problem.project is not None
         self._seen: dict[float, tuple[Tensor, Followed]] = {}
+        self._bent: dict[float, Tensor] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
         self._kappa, self._first, self._rise = kappa, first, rise
@@ -77,9 +78,9 @@ class Trials:
         xt, followed = self._try(t)
         return xt, followed.y if bool(followed.trusted) else None
 
-    def near(self, t: float) -> bool:
-        """Whether g is there what it is near y*, as far as the tangent can tell."""
-        return bool(self._try(t)[1].near)
+    def straight(self, t: float, within: float) -> bool:
+        """Whether g is there what it is at y, as far as the tangent can tell."""
+        return bool(self._try(t)[1].off <= within)
 
     def _try(self, t: float) -> tuple[Tensor, Followed]:
         if t not in self._seen:
@@ -107,12 +108,17 @@ class Trials:
         xt, followed = self._try(t)
         if not bool(followed.trusted):
             return torch.full_like(self._h.value, math.inf)
-        value = self._oracle.value("outer", xt, followed.bent, self._outer)
+        value = self._bent[t] = self._oracle.value("outer", xt, followed.bent, self._outer)
         if self._first or followed.bent is followed.y:
             return value
         if not bool(value <= ceiling(self._h.value) + self._rise):
             return torch.full_like(value, math.inf)
         return self._oracle.value("outer", xt, followed.y, self._outer)
+
+    def gain(self, t: float) -> float:
+        """Of f at an accepted trial, where y bends with y*: along the tangent f may fall for ever;
+        0 where nothing was tried."""
+        return float(self._h.value - self._bent[t]) if t in self._bent else 0.0
 
     def _predicted(self, t: float) -> float:
         """<h, x(t) - x>: what the projection cuts off cannot be gained."""

@@ -10,7 +10,7 @@ import torch
 
 import bilevel
 from benchmarks.stumbles import afresh, evidence, prices, risk, wide, words
-from bilevel.lag import HALVINGS, arrived
+from bilevel.lag import HALVINGS, NEAR, arrived
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import PATIENCE
@@ -39,7 +39,8 @@ class Straight:
 
     x, y = t([0.0]), t([7.0])
 
-    def near(self, s):
+    def straight(self, s, within):
+        assert within == NEAR
         return s == 5.0
 
     def reach(self, s):
@@ -155,12 +156,15 @@ def test_how_near_that_is():
     exact = bilevel.Implicit(bilevel.ConjugateGradient(5, 0.0))
     x, y, d = t([0.0]), t([1.0]), t([1.0])
     h = exact.estimate(oracle, x, y, Draw(), [Draw()], [], None)
-    for far, near in ((0.2, True), (0.24, False), (-0.2, True), (-0.3, False)):
-        followed = h.respond(d, True).follow(far, x + far * d)
-        assert bool(followed.near) == near and bool(followed.trusted)
-        assert torch.allclose(followed.y, y - far)
-        # only a first step is looked at so
-        assert h.respond(d, False).follow(far, x + far * d).near is True
+    for first in (True, False):
+        for far in (0.2, 0.24, -0.2, -0.3):
+            followed = h.respond(d, first).follow(far, x + far * d)
+            assert float(followed.off) == pytest.approx(abs(math.exp(far) - 1), rel=1e-9)
+            assert bool(followed.trusted) and torch.allclose(followed.y, y - far)
+        # where that is all of it, a first step is not trusted
+        assert bool(h.respond(d, first).follow(0.7, x + 0.7).trusted) != first
+    flat = h.respond(0 * d).follow(1.0, x)  # second order says that g gains nothing, and it does
+    assert float(flat.off) == 0
 
 
 def test_what_a_projection_leaves_is_asked_for():

@@ -457,7 +457,7 @@ METHODS = [
             inner_step=POSITIVE, hypergradient=HYPERGRADIENT, decay=no_number("[0, inf)"),
             inner_solver=INNER_SOLVER),
     *option("Method", partial(replace, bilevel.bisls()), name=no("string"),
-            hypergradient=HYPERGRADIENT, direction=no_function(2), outer_rule=no(),
+            hypergradient=HYPERGRADIENT, direction=no_function(3), outer_rule=no(),
             inner_rule=no(), response=no_choice(["tangent", "refine", "frozen"]),
             inner_solver=INNER_SOLVER, averages=no("bool"), corrects=no("bool"), fresh=no("bool"),
             outer_batches=no_count()),

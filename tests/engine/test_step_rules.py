@@ -441,6 +441,27 @@ def test_adam_direction_does_not_depend_on_the_scale():
     assert paths[0].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("tensors", [False, True])
+def test_adam_remembers_longer_where_steps_have_shrunk(tensors):
+    """beta1 = 1/2, 3/4, 7/8 where they are 1, 1/16, 1/256 of the longest; the mean's weights sum to
+    one at any."""
+    rng = torch.Generator().manual_seed(3)
+    gradients = torch.rand(4, 5, generator=rng, dtype=torch.float64) + 0.1  # momentum descends
+    shares, betas = (1.0, 1 / 16, 1 / 256, 1 / 16), (0.5, 0.75, 0.875, 0.75)
+    moments, weights = Moments(), torch.zeros(4, dtype=torch.float64)
+    for i, (g, share, beta) in enumerate(zip(gradients, shares, betas, strict=True)):
+        d, moments = Adam("auto", 0.9, 1e-3)(g, moments, t(share) if tensors else share)
+        weights *= beta
+        weights[i] = 1 - beta
+        past = torch.arange(i, -1, -1, dtype=torch.float64)
+        v = (0.1 * 0.9 ** past[:, None] * gradients[: i + 1] ** 2).sum(0) / (1 - 0.9 ** (i + 1))
+        mean = weights[: i + 1] @ gradients[: i + 1] / weights.sum()
+        assert torch.allclose(d, -mean / (v.sqrt() + 1e-3), rtol=1e-12)
+        assert float(moments.w) == pytest.approx(float(weights.sum()))
+    plain, _ = Adam("auto", 0.9, 1e-3)(g, Moments())
+    assert torch.allclose(plain, -g / (g.abs() + 1e-3), rtol=1e-12)
+
+
 def test_directions_of_a_zero_gradient():
     zero = torch.zeros(3)
     for direction in (Steepest(), Adam(), Adam(normalised=True)):

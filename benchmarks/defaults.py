@@ -73,7 +73,8 @@ class Following(Implicit):
 class Grounded(Method):
     """Without leaps over kinks."""
 
-    leaps = False
+    def _leapt(self, *step: Any) -> None:
+        return None
 
 
 class Going(Method):
@@ -146,6 +147,7 @@ def variants() -> dict[str, Method]:
         "2 Hessian batches": bilevel.bisls("adam", hypergradient=replace(DEFAULT, average=2)),
         "4 Hessian batches": bilevel.bisls("adam", hypergradient=replace(DEFAULT, average=4)),
         "beta1 = 0": adam(beta1=0.0),
+        "beta1 = 0.5": adam(beta1=0.5),
         "beta1 = 0.9": adam(beta1=0.9),
         "eps = 1e-8": adam(eps=1e-8),
         "not normalised": adam(normalised=False, eps=1e-8),

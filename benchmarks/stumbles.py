@@ -274,6 +274,72 @@ def own_batches(seed: int) -> Case:
     return Case(outer, case.inner, case.x, case.y, case.objective)
 
 
+def saddle(seed: int) -> Case:
+    """A product of factors that begin almost at zero, where gradients are, too."""
+    _, draw = _normal(seed)
+    target = draw(10, 3) @ draw(3, 10) / 2
+    x = {"left": 1e-4 * draw(10, 3), "right": 1e-4 * draw(10, 3)}
+
+    def inner(x: dict[str, Tensor], y: Tensor) -> Tensor:
+        return (y - x["left"] @ x["right"].T).square().sum() / 2
+
+    def outer(x: dict[str, Tensor], y: Tensor) -> Tensor:
+        return (y - target).square().mean() + 1e-3 * sum(p.square().sum() for p in x.values())
+
+    def objective(x: dict[str, Tensor]) -> float:
+        return float(outer(x, x["left"] @ x["right"].T))
+
+    return Case(outer, inner, x, torch.zeros_like(target), objective)
+
+
+def flat_penalty(seed: int) -> Case:
+    """The one log penalty of a ridge, from e^-14, where nothing depends on it."""
+    _, draw = _normal(seed)
+    w, A, B = draw(30) / 3, draw(40, 30), draw(300, 30)
+    a, b = A @ w + draw(40), B @ w + draw(300)
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return (A @ y - a).square().mean() / 2 + x.exp() * y.square().sum() / 2
+
+    def outer(x: Tensor, y: Tensor) -> Tensor:
+        return (B @ y - b).square().mean()
+
+    def objective(x: Tensor) -> float:
+        H = A.T @ A / 40 + x.exp() * torch.eye(30, dtype=torch.float64)
+        return float(outer(x, torch.linalg.solve(H, A.T @ a / 40)))
+
+    start = torch.tensor(-14.0, dtype=torch.float64)
+    return Case(outer, inner, start, torch.zeros(30, dtype=torch.float64), objective)
+
+
+def layers(seed: int) -> Case:
+    """Features of two layers for a ridge regression, all data at once."""
+    _, draw = _normal(seed)
+
+    def truth(Z: Tensor) -> Tensor:
+        return torch.sin(2 * Z[:, 0]) + Z[:, 1] * Z[:, 2] - Z[:, 3].abs()
+
+    A, B = draw(100, 6), draw(200, 6)
+    a, b = truth(A) + 0.1 * draw(100), truth(B)
+    x = {"first": draw(6, 16) / 6**0.5, "second": draw(16, 10) / 4}
+
+    def features(x: dict[str, Tensor], Z: Tensor) -> Tensor:
+        return ((Z @ x["first"]).tanh() @ x["second"]).tanh()
+
+    def inner(x: dict[str, Tensor], y: Tensor) -> Tensor:
+        return (features(x, A) @ y - a).square().mean() / 2 + 0.0025 * y.square().sum()
+
+    def outer(x: dict[str, Tensor], y: Tensor) -> Tensor:
+        return (features(x, B) @ y - b).square().mean()
+
+    def objective(x: dict[str, Tensor]) -> float:
+        U = features(x, A)
+        H = U.T @ U / 100 + 0.005 * torch.eye(10, dtype=torch.float64)
+        return float(outer(x, torch.linalg.solve(H, U.T @ a / 100)))
+
+    return Case(outer, inner, x, torch.zeros(10, dtype=torch.float64), objective)
+
+
 STUMBLES: dict[str, Callable[[int], Case]] = {
     "evidence of a Gaussian process": evidence,
     "prices": prices,
@@ -286,4 +352,7 @@ STUMBLES: dict[str, Callable[[int], Case]] = {
     "penalties of words": words,
     "posterior": posterior,
     "own batches": own_batches,
+    "saddle": saddle,
+    "flat penalty": flat_penalty,
+    "features of two layers": layers,
 }

@@ -368,8 +368,9 @@ class Iterations:
         found = move(rule, h.value, slope, phi, k, last, kappa, True, (leap, rise))
         size, last, trials, failed, evaluations, leapt, gain = found
         searched = kinks.refused().where((leap > 0) & (slope < 0), kinks)
-        ended = searched.found(size * length, norm, torch.where(first, 0.0, gain))
+        ended = searched.found(size * length, norm, gain)
         after = kinks.leapt(gain).where(leapt, ended.where(size > 0, searched))
+        after = kinks.where(first, after)
         new_x, followed = reach(size)
         new_y = torch.where(size > 0, followed.y, y)
         follows = follow is not None

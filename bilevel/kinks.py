@@ -1,4 +1,5 @@
-"""Leaps over kinks of f: a longer step now and then, where those that searches find shrink away."""
+"""How long steps are that searches find. Where they shrink away: leaps over kinks of f, and longer
+memory of a direction."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ class Kinks(NamedTuple):
     farther than a search has led, and taken where f does not rise by more than the steps of late
     have gained, as far as other batches see that as well. It gets shorter where it loses or is
     refused, and searches go on alone once it is no longer far from theirs. What it leads across a
-    kink to is a hypergradient of the other side.
+    kink to is a hypergradient of the other side. First searches do not count, which range over
+    decades from where F may be flat; gains are those where y bends with y*, since along a tangent
+    f may fall for ever.
+
+    Without a kink steps shrink as well, where noise or a curved valley asks for it. The mean of the
+    gradients then is of more of them: see ``share`` and :class:`bilevel.rules.Adam`.
 
     Attributes:
         latest: of the steps that searches found, in those units; the mean of it and the last.

@@ -276,9 +276,8 @@ class Method:
             move, point = self._follow_up(oracle, state, draws[0], h, n, here, found, judged, lost)
             n = n._replace(alpha=float(move.size))
         kinks = state.kinks
-        if self.leaps:
-            # what a first search gains is not to be lost again
-            gain = 0.0 if first else trials.gain(float(move.size))
+        if self.leaps and not first:  # which is sought over many decades, often where F is flat
+            gain = trials.gain(float(move.size))
             kinks = kinks.after(leapt, n.alpha * n.length, n.norm, gain)
         cost = oracle.cost
         record = Record(

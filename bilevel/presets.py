@@ -28,7 +28,8 @@ INNER_C = 0.8
 # Share of its last step that the outer search remembers at least: a fall by more is one batch's
 RETAIN = 0.25
 
-# Little momentum and a bounded preconditioner: a searched step needs a direction of descent
+# Little momentum, more as steps shrink, and a bounded preconditioner: a searched step needs a
+# direction of descent
 SEARCHED_ADAM = Adam(beta1="auto", beta2=0.999, eps=1e-2, normalised=True)
 
 

@@ -235,7 +235,8 @@ class Adam:
 
     Args:
         beta1, beta2: of the moving averages of the gradient and of its square, in [0, 1). beta1 =
-            'auto': 1 - share^(1/4) / 2, see :meth:`__call__`.
+            'auto': 1 - share^(1/4) / 2, where the steps of late are ``share`` times as long as the
+            longest: a half, and up to 0.79 as they shrink to a 32nd.
         eps: added to sqrt(v): as it is, or, if ``normalised``, times the largest entry of sqrt(v).
         normalised: average g / ||g||. A search finds the length of the step by itself; a few
             large early gradients would otherwise rule the averages for hundreds of iterations.

@@ -27,6 +27,7 @@ class Numbers(NamedTuple):
         slope: <h, d>.   apart: see :class:`bilevel.hypergradients.Course`.
         here, there: the lag of f, on the batches of h and on another one.
         excess: of the curvature along q on that one, see :class:`bilevel.noise.Noise`.
+        gain: of f where y bends, see :meth:`bilevel.trials.Trials.gain`.
         own, seen: slopes along the step, see :class:`bilevel.noise.Agreement`.
     """
 
@@ -44,6 +45,7 @@ class Numbers(NamedTuple):
     there: Any
     excess: Any
     apart: Any
+    gain: Any
     own: Any
     seen: Any
 
@@ -106,6 +108,7 @@ def numbers(
         there=there,
         excess=excess,
         apart=trials.apart,
+        gain=trials.gain(move.size),
         own=own,
         seen=seen,
     ).on_host(x.device)

@@ -277,8 +277,7 @@ class Method:
             n = n._replace(alpha=float(move.size))
         kinks = state.kinks
         if self.leaps and not first:  # which is sought over many decades, often where F is flat
-            gain = trials.gain(float(move.size))
-            kinks = kinks.after(leapt, n.alpha * n.length, n.norm, gain)
+            kinks = kinks.after(leapt, n.alpha * n.length, n.norm, n.gain)
         cost = oracle.cost
         record = Record(
             k=state.k,

@@ -115,10 +115,12 @@ class Trials:
             return torch.full_like(value, math.inf)
         return self._oracle.value("outer", xt, followed.y, self._outer)
 
-    def gain(self, t: float) -> float:
+    def gain(self, t: float | Tensor) -> Tensor | float:
         """Of f at an accepted trial, where y bends with y*: along the tangent f may fall for ever;
         0 where nothing was tried."""
-        return float(self._h.value - self._bent[t]) if t in self._bent else 0.0
+        if isinstance(t, Tensor) or t not in self._bent:
+            return 0.0
+        return self._h.value - self._bent[t]
 
     def _predicted(self, t: float) -> float:
         """<h, x(t) - x>: what the projection cuts off cannot be gained."""

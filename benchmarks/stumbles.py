@@ -1,6 +1,6 @@
 """Small problems that the default stumbled on when it met them, in float64 but for the words and
 the noise inside a loss. Most led to a change of it since; on some it is still behind,
-docs/method.md says why."""
+docs/evidence.md says why."""
 
 from __future__ import annotations
 

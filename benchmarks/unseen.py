@@ -1,5 +1,5 @@
 """Problems of other kinds than those that the defaults were chosen on, to see what a default is
-worth where nobody has looked; what was learned from them since, docs/method.md tells."""
+worth where nobody has looked; what was learned from them since, docs/evidence.md tells."""
 
 from __future__ import annotations
 

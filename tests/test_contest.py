@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bilevel
-from benchmarks import contest, race
+from benchmarks import contest, overview, race
 from benchmarks.contest import Cell
 from benchmarks.kinked import KINKED
 from benchmarks.larger import EVERY
@@ -56,6 +56,20 @@ def test_contest_and_race(monkeypatch, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "docs/measured/race.json").read_text())["rows"]
     assert row["cell ends at"] == end(cells[0].fixed(), 0)
     assert row["default ends at"] == end("bisls-adam", 0)
+
+    capsys.readouterr()
+    overview.main(["--figure", "contest.png"])
+    above = 100 * (rows[0]["objective"] / rows[3]["objective"] - 1)
+    assert f"| {above:.1f} |" in (said := capsys.readouterr().out)
+    assert abs(above) > 1 and f"more than 1 % on {int(above < 0)}, within that on 0" in said
+    assert (tmp_path / "contest.png").stat().st_size > 10_000
+
+
+def test_a_loss_below_zero_is_compared_by_its_size():
+    """-0.5 is lower than -0.4 by a quarter of that."""
+    of = {"cell": {"objective": -0.4}, "bisls-adam": {"objective": -0.5}}
+    assert overview.beside(of, "bisls-adam") == pytest.approx(-25)
+    assert overview.beside(of, "bisps") != overview.beside(of, "bisps")  # not run: NaN
 
 
 class Serial:

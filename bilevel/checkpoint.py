@@ -18,8 +18,8 @@ import torch
 from bilevel.average import Average
 from bilevel.distributed import Ranks
 from bilevel.inner_solver import kind_of, refuse_other
-from bilevel.kinks import Kinks
 from bilevel.layout import Layout
+from bilevel.lengths import Lengths
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
@@ -217,7 +217,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "shapes": [list(map(list, layout.shapes)) for layout in state.layouts],
         "k": state.k,
         "last": [state.outer_last, state.inner_last],
-        "kinks": list(state.kinks),
+        "lengths": list(state.lengths),
         "moments": list(state.moments),
         "q": state.q,
         "average": None if state.average is None else list(state.average),
@@ -296,7 +296,7 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         k=content["k"],
         outer_last=content["last"][0],
         inner_last=content["last"][1],
-        kinks=Kinks(*content.get("kinks", ())),  # files did not always hold them
+        lengths=Lengths(*content.get("lengths", ())),  # files did not always hold them
         moments=Moments(here(m), here(v), count, weight),
         q=here(content["q"]),
         average=average and Average(here(average[0]), here(average[1]), *average[2:]),

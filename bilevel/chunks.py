@@ -18,8 +18,8 @@ from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
 from bilevel.host import failure as why
 from bilevel.hypergradients import Implicit
-from bilevel.kinks import Kinks
 from bilevel.layout import leaves, rebuild
+from bilevel.lengths import Lengths
 from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
 from bilevel.method import Batches, Method
 from bilevel.noise import MOST, Agreement, Noise, averaged, settles
@@ -251,7 +251,7 @@ class Chunks:
         lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
         terms, gain = (average.terms, average.gain) if average else (0, 0.0)
         known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned[:2]
-        carried = *moments[2:], terms, gain, state.failures, *known, *state.kinks
+        carried = *moments[2:], terms, gain, state.failures, *known, *state.lengths
         scalars = torch.tensor([state.k, *lasts, *carried], dtype=torch.float64)
         vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
         given = [t for t in vectors if t is not None]
@@ -274,7 +274,7 @@ class Chunks:
 
         _, _, rows, scalars, x, y, q, *rest = outcome
         k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.tolist()
-        noise, noises, signal, unlike, agreed, concave, halvings, *kinks = known
+        noise, noises, signal, unlike, agreed, concave, halvings, *lengths = known
         assert len(SCALARS) == scalars.numel()
         moments = state.moments
         if moments.m is not None:
@@ -329,7 +329,7 @@ class Chunks:
             k=k,
             outer_last=None if math.isnan(outer_last) else outer_last,
             inner_last=None if math.isnan(inner_last) else inner_last,
-            kinks=Kinks(*kinks),
+            lengths=Lengths(*lengths),
             moments=moments,
             q=q,
             average=average,

@@ -19,9 +19,9 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Estimate, Followed, Implicit
-from bilevel.kinks import STRAIGHT, Kinks
 from bilevel.lag import is_behind
 from bilevel.layout import rebuild
+from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method
 from bilevel.noise import BOUND, MEMORY
@@ -35,7 +35,7 @@ from bilevel.trials import ceiling
 SCALARS = (
     *("k", "outer_last", "inner_last", "moments", "weight", "terms", "gain", "failures"),
     *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
-    *Kinks._fields,
+    *Lengths._fields,
 )
 
 
@@ -151,9 +151,9 @@ class Iterations:
         """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.unbind()
-        noise, noises, *agreement, concave, halvings = known[: -len(Kinks._fields)]
+        noise, noises, *agreement, concave, halvings = known[: -len(Lengths._fields)]
         # copies: two views of one tensor may not enter the loop of a search together
-        kinks = Kinks(*(n.clone() for n in known[-len(Kinks._fields) :]))
+        lengths = Lengths(*(n.clone() for n in known[-len(Lengths._fields) :]))
         m: Tensor | int = joined[0] if self.joins[0] else 1
         fixed = max(1, self.counts[1])
         drawn = joined[1] + int(self.watches[1]) if self.joins[1] else fixed
@@ -187,9 +187,9 @@ class Iterations:
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         moments = Moments(first, second, n, weight)  # type: ignore[arg-type]
-        d, moved = self.method.direction(h.grad, moments, kinks.share)
+        d, moved = self.method.direction(h.grad, moments, lengths.share)
 
-        lasts = outer_last, kinks
+        lasts = outer_last, lengths
         kappa = _kappa(agreement, m, self.alone)
         step = self._outer(oracle, (x, y), outer, h, d, k, lasts, kappa, (m, many))
         new_x, new_y, alpha, failed = step.x, step.y, step.size, step.failed
@@ -255,7 +255,7 @@ class Iterations:
                 torch.where(finite & self.still, learned.judge(step.apart).halvings, halvings),
                 *(
                     torch.where(finite, new, old)
-                    for new, old in zip(step.kinks, kinks, strict=True)
+                    for new, old in zip(step.lengths, lengths, strict=True)
                 ),
             ]
         )
@@ -328,14 +328,14 @@ class Iterations:
         h: Estimate,
         d: Tensor,
         k: Tensor,
-        lasts: tuple[Tensor, Kinks],
+        lasts: tuple[Tensor, Lengths],
         kappa: Tensor,
         many: tuple[Tensor | int, Tensor | int],
     ) -> _Outer:
         """The outer step along d; ``many``: outer and Hessian batches in one evaluation."""
-        (x, y), (last, kinks) = point, lasts
+        (x, y), (last, lengths) = point, lasts
         rule, follow = self.method.outer_rule, None
-        rise, first = kinks.allowed(kappa), last.isnan()
+        rise, first = lengths.allowed(kappa), last.isnan()
         length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
         most = ceiling(h.value) + rise
         apart: Tensor | float = torch.nan
@@ -346,7 +346,7 @@ class Iterations:
             else:
                 slope, apart, follow = h.respond(d, first)
 
-        leap = kinks.leap(length, norm, last, kappa) * self.method.leaps
+        leap = lengths.leap(length, norm, last, kappa) * self.method.leaps
 
         def reach(t: Tensor) -> tuple[Tensor, Followed]:
             t = t.to(x.dtype)
@@ -367,16 +367,16 @@ class Iterations:
 
         found = move(rule, h.value, slope, phi, k, last, kappa, True, (leap, rise))
         size, last, trials, failed, evaluations, leapt, gain = found
-        searched = kinks.refused().where((leap > 0) & (slope < 0), kinks)
+        searched = lengths.refused().where((leap > 0) & (slope < 0), lengths)
         ended = searched.found(size * length, norm, gain)
-        after = kinks.leapt(gain).where(leapt, ended.where(size > 0, searched))
-        after = kinks.where(first, after)
+        after = lengths.leapt(gain).where(leapt, ended.where(size > 0, searched))
+        after = lengths.where(first, after)
         new_x, followed = reach(size)
         new_y = torch.where(size > 0, followed.y, y)
         follows = follow is not None
         return _Outer(
             *(new_x, new_y, size, last, trials, failed > 0, evaluations, slope, apart, follows),
-            after if self.method.leaps else kinks,
+            after if self.method.leaps else lengths,
         )
 
 
@@ -404,7 +404,7 @@ class _Outer(NamedTuple):
     slope: Tensor
     apart: Any
     follows: bool
-    kinks: Kinks
+    lengths: Lengths
 
 
 def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,9 @@ from bilevel.drawn import Drawn, drawn
 from bilevel.host import Numbers, numbers, unsound
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
-from bilevel.kinks import STRAIGHT, leap
 from bilevel.lag import arrived, corrected, has_solution, is_behind, is_lost
 from bilevel.layout import Layout, Variable
+from bilevel.lengths import STRAIGHT, leap
 from bilevel.linear import is_conjugate
 from bilevel.problem import Draw, Oracle, Problem, make_oracle
 from bilevel.record import Record
@@ -237,7 +237,7 @@ class Method:
         if searches and self.refreshes:
             y, h = self._refreshed(oracle, state, batches, draws[0], y, h, path)
 
-        d, moments = self.direction(h.grad, state.moments, state.kinks.share)
+        d, moments = self.direction(h.grad, state.moments, state.lengths.share)
         lost = still and self._is_lost(state, h)
         if lost:
             moments, searches = state.moments, False
@@ -247,7 +247,7 @@ class Method:
         first = state.outer_last is None
         trials = Trials(
             *(oracle, (x, y), outer, hessian[0], h, d, response, inner.size),
-            *(kappa, first, state.kinks.allowed(kappa)),
+            *(kappa, first, state.lengths.allowed(kappa)),
         )
         line = trials.line
         leapt = None if lost else self._leapt(state, trials, line, h, kappa)
@@ -275,9 +275,9 @@ class Method:
             here, found = (x, y), (move, point)
             move, point = self._follow_up(oracle, state, draws[0], h, n, here, found, judged, lost)
             n = n._replace(alpha=float(move.size))
-        kinks = state.kinks
+        lengths = state.lengths
         if self.leaps and not first:  # which is sought over many decades, often where F is flat
-            kinks = kinks.after(leapt, n.alpha * n.length, n.norm, n.gain)
+            lengths = lengths.after(leapt, n.alpha * n.length, n.norm, n.gain)
         cost = oracle.cost
         record = Record(
             k=state.k,
@@ -316,7 +316,7 @@ class Method:
             k=state.k + 1,
             outer_last=move.last,
             inner_last=inner.last,
-            kinks=kinks,
+            lengths=lengths,
             moments=moments,
             q=h.q,
             average=average,
@@ -379,14 +379,14 @@ class Method:
         self, state: State, trials: Trials, line: Line, h: Estimate, kappa: float
     ) -> Move | Literal[False] | None:
         """A leap over a kink; False where it was refused, None where none was tried."""
-        leaps = self.leaps and state.outer_last is not None and state.kinks.shrunk
+        leaps = self.leaps and state.outer_last is not None and state.lengths.shrunk
         if not (leaps and bool(line.slope < 0)):
             return None
         d, norm = torch.stack([torch.linalg.vector_norm(v) for v in (trials.d, h.grad)]).tolist()
-        t = state.kinks.leap(d, norm, state.outer_last, kappa)
+        t = state.lengths.leap(d, norm, state.outer_last, kappa)
         if not t:
             return None
-        move = leap(line, t, state.kinks.allowed(kappa), state.outer_last)
+        move = leap(line, t, state.lengths.allowed(kappa), state.outer_last)
         return move if move and trials.straight(t, STRAIGHT) else False
 
     def _refreshed(
@@ -403,7 +403,7 @@ class Method:
         way than a step like the last one gains."""
         x, last = state.vectors[0], state.outer_last
         for _ in range(0 if last is None else PATIENCE):
-            d, _ = self.direction(h.grad, state.moments, state.kinks.share)
+            d, _ = self.direction(h.grad, state.moments, state.lengths.share)
             gain = (last or 0.0) * torch.dot(h.grad, d).abs()
             if not (has_solution(h) and bool(is_behind(h.lag, h.lag, gain))):
                 break

@@ -254,7 +254,7 @@ class Adam:
 
         Args:
             share: length of the steps of late over that of the longest, a number or a tensor, see
-                :class:`bilevel.kinks.Kinks`.
+                :class:`bilevel.lengths.Lengths`.
         """
         beta1 = 1 - share**0.25 / 2 if self.beta1 == "auto" else self.beta1
         if self.normalised:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.average import Average
-from bilevel.kinks import Kinks
 from bilevel.layout import Layout, Variable
+from bilevel.lengths import Lengths
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
@@ -30,7 +30,7 @@ class State:
     k: int = 0
     outer_last: float | None = None  # what the step-size rules carry over
     inner_last: float | None = None
-    kinks: Kinks = Kinks()
+    lengths: Lengths = Lengths()
     moments: Moments = Moments()
     q: Tensor | None = field(default=None, repr=False)
     average: Average | None = field(default=None, repr=False)

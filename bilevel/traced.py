@@ -242,7 +242,7 @@ def search(
     leap: tuple[Tensor, Tensor] | None = None,
 ) -> Found:
     """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph; the first
-    of them is a leap, see :func:`bilevel.kinks.leap`."""
+    of them is a leap, see :func:`bilevel.lengths.leap`."""
     rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
     value, slope = value.double(), slope.double()
     sound = value.isfinite() & slope.isfinite()

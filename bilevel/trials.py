@@ -33,7 +33,7 @@ class Trials:
     * 'frozen': y itself; blind where f depends on x through y alone.
 
     None is for rules that try nothing: they see <h, d> as the slope. ``rise`` is by how much f may
-    rise where y bends, see :class:`bilevel.kinks.Kinks`.
+    rise where y bends, see :class:`bilevel.lengths.Lengths`.
     """
 
     def __init__(

@@ -119,7 +119,7 @@ def assert_alike(fast, plain, rtol=1e-8, atol=1e-12):
     assert fast.state.k == plain.state.k and fast.state.failures == plain.state.failures
     assert fast.state.noise == pytest.approx(plain.state.noise, rel=1e-6)
     assert fast.state.agreement == pytest.approx(plain.state.agreement, rel=1e-4)
-    assert fast.state.kinks == pytest.approx(plain.state.kinks, rel=1e-4)
+    assert fast.state.lengths == pytest.approx(plain.state.lengths, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import bilevel
 from benchmarks.stumbles import flat_penalty, saddle
-from bilevel import kinks
-from bilevel.kinks import LOST, MEMORY, REFUSED, SHRUNK, Kinks, leap
+from bilevel import lengths
+from bilevel.lengths import LOST, MEMORY, REFUSED, SHRUNK, Lengths, leap
 from bilevel.rules import Armijo, Line
 from tests.tables import flat, t
 
@@ -77,13 +77,13 @@ def test_a_smooth_loss_sees_no_leap(monkeypatch):
         )
 
     with_leaps = solve()
-    monkeypatch.setattr(kinks, "SHRUNK", math.inf)
+    monkeypatch.setattr(lengths, "SHRUNK", math.inf)
     assert torch.equal(with_leaps.x, solve().x)
 
 
 def test_steps_that_shrink_are_seen():
-    seen = Kinks().found(16.0, 2.0, 0.0)  # 8 per length of the gradient
-    assert seen == Kinks(8.0, 8.0, 0.0, 16.0)
+    seen = Lengths().found(16.0, 2.0, 0.0)  # 8 per length of the gradient
+    assert seen == Lengths(8.0, 8.0, 0.0, 16.0)
     for step in (2.0, 0.5, 1e-3, 1e-3, 1e-3):  # means of it and the last: 5, 2.75, 1.4, ...
         assert not seen.shrunk and seen.leap(0.5, 1.0, 1.0, 1.0) == 0
         seen = seen.found(3 * step, 3.0, 0.0)
@@ -98,14 +98,14 @@ def test_steps_that_shrink_are_seen():
     assert seen.leap(0.5, 1.0, 7.99, 0.1) == 16.0 and seen.leap(0.5, 1.0, 8.0, 0.1) == 0
     assert seen.leap(0.5, 1.0, 1.0, 0.0) == 0
     # one batch of a gradient ten times as small is no longest step
-    assert Kinks(1.0, 1.0).found(1.0, 0.1, 0.0).longest == 5.5
+    assert Lengths(1.0, 1.0).found(1.0, 0.1, 0.0).longest == 5.5
 
 
 def test_how_long_the_late_steps_are():
     for late, share in ((8.0, 1.0), (2.0, 0.25), (0.25, 1 / SHRUNK), (1e-9, 1 / SHRUNK)):
-        seen = Kinks(8.0, late)
-        assert seen.share == share == float(Kinks(*map(t, seen)).share)
-    assert Kinks().share == 1.0 == float(Kinks(*map(t, Kinks())).share)  # nothing is known yet
+        seen = Lengths(8.0, late)
+        assert seen.share == share == float(Lengths(*map(t, seen)).share)
+    assert Lengths().share == 1.0 == float(Lengths(*map(t, Lengths())).share)
 
 
 @pytest.mark.parametrize("steps", [100, 250])
@@ -143,11 +143,11 @@ def test_no_leap_is_farther_than_a_search_has_led():
 
 def test_what_a_leap_may_lose():
     """What steps of late have gained, as far as other batches see it."""
-    seen = Kinks(8.0, 0.1).found(0.1, 1.0, 2.0).found(0.1, 1.0, 1.0)
+    seen = Lengths(8.0, 0.1).found(0.1, 1.0, 2.0).found(0.1, 1.0, 1.0)
     assert seen.budget == pytest.approx(MEMORY * (MEMORY * 2 + 1))
     assert seen.allowed(1.0) == seen.budget and seen.allowed(0.25) == seen.budget / 4
     assert seen.allowed(0.0) == 0.0
-    assert Kinks(8.0, 8.0, 1.0).allowed(1.0) == 0.0  # where nothing has shrunk
+    assert Lengths(8.0, 8.0, 1.0).allowed(1.0) == 0.0  # where nothing has shrunk
     lost = seen.leapt(-1.0)
     assert lost.longest == LOST * 8 and lost.budget == pytest.approx(MEMORY * (seen.budget - 1))
     assert seen.leapt(1.0).longest == 8 and seen.leapt(-9.0).budget == 0
@@ -190,16 +190,16 @@ def test_a_leap_is_the_same_in_a_graph(far, rise):
     assert (float(found.size), float(found.last)) == (plain.size, plain.last)
     assert int(found.trials) == int(found.evaluations) == plain.trials + trials
     assert float(found.gain) == pytest.approx(plain.gain)
-    before = Kinks(8.0, 0.1, 1.0, 0.01)
-    graph = Kinks(*map(t, before)).refused().found(found.size, t(2.0), found.gain)
+    before = Lengths(8.0, 0.1, 1.0, 0.01)
+    graph = Lengths(*map(t, before)).refused().found(found.size, t(2.0), found.gain)
     assert tuple(map(float, graph)) == pytest.approx(
         before.refused().found(plain.size, 2.0, plain.gain)
     )
     for h in (3.0, 1e-4):
         far = before.leap(0.5, h, 1e-5, 1.0)
         assert far == 2 * min(8 * h, 0.01)
-        assert float(Kinks(*map(t, before)).leap(*map(t, (0.5, h, 1e-5, 1.0)))) == far
-    lost = Kinks(*map(t, before)).leapt(t(-2.0)).where(t(1.0) > 0, graph)
+        assert float(Lengths(*map(t, before)).leap(*map(t, (0.5, h, 1e-5, 1.0)))) == far
+    lost = Lengths(*map(t, before)).leapt(t(-2.0)).where(t(1.0) > 0, graph)
     assert isinstance(lost.longest, Tensor)
     assert tuple(map(float, lost)) == pytest.approx(before.leapt(-2.0))
 
@@ -218,17 +218,17 @@ def test_a_rule_that_searches_anew_does_not_leap():
     for method in (bilevel.bisps(), bilevel.fixed()):
         assert not method.leaps
         (outer, inner, x, y), _ = largest_error(0)
-        assert bilevel.solve(outer, inner, x, y, method=method, steps=8).state.kinks == Kinks()
+        assert bilevel.solve(outer, inner, x, y, method=method, steps=8).state.lengths == Lengths()
 
 
 def test_leaps_resume_bit_for_bit(tmp_path):
     arguments, _ = largest_error(2, torch.float64)
     whole = bilevel.solve(*arguments, steps=40)
-    assert whole.state.kinks.shrunk  # there is something to forget
+    assert whole.state.lengths.shrunk  # there is something to forget
     path = tmp_path / "run.pt"
     for steps in (23, 40):
         part = bilevel.solve(*arguments, steps=steps, checkpoint=path, resume=steps == 40)
-    assert torch.equal(flat(part.x), flat(whole.x)) and part.state.kinks == whole.state.kinks
+    assert torch.equal(flat(part.x), flat(whole.x)) and part.state.lengths == whole.state.lengths
 
 
 def noisy(arguments, kind):
@@ -255,8 +255,8 @@ def test_nobody_leaps_where_nothing_is_known_of_other_batches(kind, monkeypatch)
         return move
 
     monkeypatch.setattr("bilevel.method.leap", spy)
-    assert bilevel.solve(*arguments, steps=1, **options).state.kinks.budget == 0
-    kept = bilevel.solve(*arguments, **options).state.kinks
+    assert bilevel.solve(*arguments, steps=1, **options).state.lengths.budget == 0
+    kept = bilevel.solve(*arguments, **options).state.lengths
     assert any(taken) == bool(taken) == (kind != "pairs") and kept.budget > 0
 
 
@@ -285,5 +285,5 @@ def test_leaps_in_compiled_iterations(kind, monkeypatch):
     assert [r.outer_step for r in fast.history] == pytest.approx(steps, rel=1e-6)
     tried = [r.outer_trials for r in plain.history]
     assert [r.outer_trials for r in fast.history] == tried
-    assert fast.state.kinks == pytest.approx(plain.state.kinks, rel=1e-6)
+    assert fast.state.lengths == pytest.approx(plain.state.lengths, rel=1e-6)
     torch.testing.assert_close(fast.x, plain.x, rtol=1e-6, atol=1e-9)

@@ -18,7 +18,7 @@ STRAIGHT = 0.1  # share by which g may be off where a leap leads: f is judged al
 FARTHER = 2  # times as far as the last search, or it is no leap
 
 
-class Kinks(NamedTuple):
+class Lengths(NamedTuple):
     """How long the steps are that searches find, lately and at most.
 
     Short of a kink of f (an absolute value, a hinge, a maximum) a step gains no longer than to
@@ -73,16 +73,16 @@ class Kinks(NamedTuple):
         # steps that grow, as on the way from a saddle, are not to be held back by a leap
         return _where(alpha > FARTHER * last, alpha, 0 * alpha)
 
-    def leapt(self, gain: Any) -> Kinks:
+    def leapt(self, gain: Any) -> Lengths:
         """After a leap that was taken."""
         shorter = _where(gain <= 0, self.longest * LOST, self.longest)
         return self._replace(longest=shorter)._earn(gain)
 
-    def refused(self) -> Kinks:
+    def refused(self) -> Lengths:
         """After one that was not."""
         return self._replace(longest=self.longest * REFUSED)
 
-    def found(self, far: Any, h: Any, gain: Any) -> Kinks:
+    def found(self, far: Any, h: Any, gain: Any) -> Lengths:
         """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""
         step = far / h
         # the mean, as a batch of a small gradient has long ones
@@ -91,7 +91,7 @@ class Kinks(NamedTuple):
         farthest = _where(far > self.farthest, far, self.farthest)
         return self._replace(longest=longest, latest=latest, farthest=farthest)._earn(gain)
 
-    def after(self, leapt: Any, moved: float, norm: float, gain: float) -> Kinks:
+    def after(self, leapt: Any, moved: float, norm: float, gain: float) -> Lengths:
         """After an iteration.
 
         Args:
@@ -100,16 +100,16 @@ class Kinks(NamedTuple):
         """
         if leapt:
             return self.leapt(gain)
-        kinks = self.refused() if leapt is False else self
-        return kinks.found(moved, norm, gain) if moved > 0 else kinks
+        lengths = self.refused() if leapt is False else self
+        return lengths.found(moved, norm, gain) if moved > 0 else lengths
 
-    def _earn(self, gain: Any) -> Kinks:
+    def _earn(self, gain: Any) -> Lengths:
         budget = MEMORY * (self.budget + gain)
         return self._replace(budget=_where(budget > 0, budget, 0 * budget))
 
-    def where(self, condition: Tensor, others: Kinks) -> Kinks:
+    def where(self, condition: Tensor, others: Lengths) -> Lengths:
         """These, or the others, in a graph."""
-        return Kinks(*(torch.where(condition, a, b) for a, b in zip(self, others, strict=True)))
+        return Lengths(*(torch.where(condition, a, b) for a, b in zip(self, others, strict=True)))
 
 
 def leap(line: Line, t: float, rise: float, last: float | None) -> Move | None:

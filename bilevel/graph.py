@@ -368,8 +368,9 @@ class Iterations:
         found = move(rule, h.value, slope, phi, k, last, kappa, True, (leap, rise))
         size, last, trials, failed, evaluations, leapt, gain = found
         searched = lengths.refused().where((leap > 0) & (slope < 0), lengths)
-        ended = searched.found(size * length, norm, gain)
-        after = lengths.leapt(gain).where(leapt, ended.where(size > 0, searched))
+        moved = size * length
+        ended = searched.found(moved, norm, gain).where((moved > 0) & (norm > 0), searched)
+        after = lengths.leapt(gain).where(leapt, ended)
         after = lengths.where(first, after)
         new_x, followed = reach(size)
         new_y = torch.where(size > 0, followed.y, y)

@@ -69,7 +69,8 @@ class Lengths(NamedTuple):
         """The alpha to be tried first, 0 for none, from the lengths of d and h and the alpha of the
         last search; none where nothing is known of other batches (``kappa`` is 0)."""
         far = self.longest * h
-        alpha = self.shrunk * (kappa > 0) * _where(far < self.farthest, far, self.farthest) / d
+        alpha = self.shrunk * (kappa > 0) * _where(far < self.farthest, far, self.farthest)
+        alpha = alpha / (d + (d <= 0))  # lengths may be lost in rounding
         # steps that grow, as on the way from a saddle, are not to be held back by a leap
         return _where(alpha > FARTHER * last, alpha, 0 * alpha)
 
@@ -101,7 +102,7 @@ class Lengths(NamedTuple):
         if leapt:
             return self.leapt(gain)
         lengths = self.refused() if leapt is False else self
-        return lengths.found(moved, norm, gain) if moved > 0 else lengths
+        return lengths.found(moved, norm, gain) if moved > 0 and norm > 0 else lengths
 
     def _earn(self, gain: Any) -> Lengths:
         budget = MEMORY * (self.budget + gain)

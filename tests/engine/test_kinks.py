@@ -287,3 +287,17 @@ def test_leaps_in_compiled_iterations(kind, monkeypatch):
     assert [r.outer_trials for r in fast.history] == tried
     assert fast.state.lengths == pytest.approx(plain.state.lengths, rel=1e-6)
     torch.testing.assert_close(fast.x, plain.x, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-8, 1e-20])
+def test_a_hypergradient_whose_length_is_lost_in_rounding(scale):
+    """In float32 the squares of h underflow near the solution: no length is told then."""
+    result = bilevel.solve(
+        lambda x, y: scale * (y**4).sum(),
+        lambda x, y: ((y - x) ** 2).sum(),
+        torch.tensor([1.0, 0.3, -2.0]),
+        torch.zeros(3),
+        steps=200,
+    )
+    assert "Error" not in result.reason
+    assert result.x.abs().max() < 0.1

@@ -255,11 +255,11 @@ class StochasticNeumann:
             nu = nu / 2
         if self.form == "random":
             n = Ranks(b.device).first(lambda: int(torch.randint(self.terms, ())))
-            for j in range(n):
+            for j in range(1, n + 1):  # the first batch is that of g_xy
                 b = b - nu * product(b, j)
             return self.terms * nu * b
         q = b
-        for j in range(self.terms - 1):
+        for j in range(1, self.terms):
             b = b - nu * product(b, j)
             q = q + b
         return nu * q
@@ -336,8 +336,10 @@ class ConjugateGradient:
     ) -> tuple[Tensor, Concave]:
         enough, state = self.begin(product, b, q0, self.enough(learned.halvings))
         if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
-            q, top, low = self._on_host(product, float(enough), state)
-            return q, -low / top if top > 0 else 0.0
+            found = self._on_host(product, float(enough), state)
+            if found is not None:
+                q, top, low = found
+                return q, -low / top if top > 0 else 0.0
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
             if i % 5 == 4 and _visible(state[4]) and not state[4]:
@@ -411,14 +413,17 @@ class ConjugateGradient:
 
     def _on_host(
         self, product: Product, enough: float, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, float, float]:
+    ) -> tuple[Tensor, float, float] | None:
         """:meth:`advance` with Python's numbers: on the CPU its small tensors cost what a product
-        of a small problem does. q, and the largest |curvature| and the lowest."""
+        of a small problem does. q, and the largest |curvature| and the lowest; None where the
+        product itself is to be differentiated, whose graph numbers would lose."""
         q, r, p = state[:3]
         rr, low = float(state[3]), float(state[6])
         top, eps = -low, torch.finfo(q.dtype).eps
         for _ in range(self.steps if rr > 0 else 0):
             Hp = product(p)
+            if Hp.requires_grad:
+                return None
             pHp, pp = float(torch.dot(p, Hp)), float(torch.dot(p, p))
             if math.isfinite(pHp) and pp > 0:
                 top, low = max(top, abs(pHp / pp)), min(low, pHp / pp)

@@ -47,6 +47,23 @@ def test_under_func_grad_and_jacrev():
     assert relative(jacobian, torch.func.jacrev(solve_ridge)(case.x)) < 1e-10
 
 
+def test_second_derivatives():
+    """The system is differentiated in turn: its solver may not lose the graph of its numbers."""
+    diagonal, b = torch.diag(t(np.arange(1.0, 6.0))), torch.ones(5, dtype=torch.float64)
+
+    def inner(x, y):
+        return y @ (diagonal + torch.diag(x.exp())) @ y / 2 - b @ y
+
+    def argmin(x):
+        return torch.linalg.solve(diagonal + torch.diag(x.exp()), b)
+
+    def hessian(argmin):
+        x = torch.zeros(5, dtype=torch.float64)
+        return torch.autograd.functional.hessian(lambda x: argmin(x).sum(), x)
+
+    assert relative(hessian(bilevel.implicit(inner, argmin)), hessian(argmin)) < 1e-6
+
+
 def test_under_vmap():
     case = RIDGE
     y_star = bilevel.implicit(case.inner, solve_ridge, SOLVER)

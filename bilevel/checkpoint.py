@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bilevel.method import Method
     from bilevel.state import State
 
-VERSION = 6
+VERSION = 7
 
 
 def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
@@ -196,8 +196,8 @@ class Saver:
         saved = self.ranks.first(lambda: load(path))
         self._continues = True
         state, history = unpack(saved, self.method, state)
-        self.habit.largest = saved.get("largest")
-        self.habit.random.update(saved.get("random", ()))
+        self.habit.largest, self.habit.recorded = saved["largest"], saved["recorded"]
+        self.habit.random.update(saved["random"])
         parts = [saved, *saved.get("others", [])]
         mine = parts[self.ranks.rank % len(parts)]
         self.source.load_state_dict(mine["source"])
@@ -211,6 +211,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "method": method.name,
         "largest": habit.largest,
         "random": sorted(habit.random),
+        "recorded": habit.recorded,
         "inner_solver": kind_of(method.inner_solver, state.solver),
         "vectors": list(state.vectors),
         "paths": [layout.paths for layout in state.layouts],
@@ -247,8 +248,6 @@ def _refuse_other(layout: Layout, paths: list[str], shapes: Any, saved: torch.Te
     """Refuse a variable of another structure, naming the first leaf that is not the same."""
 
     def named(paths: list[str], of: Any) -> list[str]:
-        if not shapes:  # files did not always hold them
-            return paths
         return [f"{p} {tuple(s)}" for p, s in zip(paths, of, strict=True)]
 
     held, here = named(paths, shapes), named(layout.paths, layout.shapes)
@@ -270,11 +269,10 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
     Raises:
         ValueError: they are others, or another method goes on.
     """
-    shapes = content.get("shapes", [None, None])
-    held = zip(content["paths"], shapes, content["vectors"], strict=True)
+    held = zip(content["paths"], content["shapes"], content["vectors"], strict=True)
     for layout, parts in zip(state.layouts, held, strict=True):
         _refuse_other(layout, *parts)
-    name = content.get("method", method.name)
+    name = content["method"]
     if name != method.name:
         raise ValueError(
             f"the checkpoint was written by the method {name!r}, but {method.name!r} would go on "
@@ -282,13 +280,13 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
             f"and y."
         )
     solver = content["solver"]
-    refuse_other(method.inner_solver, state.layouts[1], content.get("inner_solver"), solver)
+    refuse_other(method.inner_solver, state.layouts[1], content["inner_solver"], solver)
     device = state.vectors[0].device
 
     def here(t: Any) -> Any:
         return t.to(device) if isinstance(t, torch.Tensor) else t
 
-    m, v, count, weight = (*content["moments"], 1.0)[:4]  # files did not always hold it
+    m, v, count, weight = content["moments"]
     average = content["average"]
     restored = replace(
         state,
@@ -296,7 +294,7 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         k=content["k"],
         outer_last=content["last"][0],
         inner_last=content["last"][1],
-        lengths=Lengths(*content.get("lengths", ())),  # files did not always hold them
+        lengths=Lengths(*content["lengths"]),
         moments=Moments(here(m), here(v), count, weight),
         q=here(content["q"]),
         average=average and Average(here(average[0]), here(average[1]), *average[2:]),

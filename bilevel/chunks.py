@@ -84,6 +84,7 @@ class Chunks:
             self._refuse(reason)
 
     def _refuse(self, reason: str) -> None:
+        self.compiled.habit.recorded = self.problem.habit.recorded
         self.usable, self.problem = False, self.compiled
         warnings.warn(
             f"compile=True does not serve whole iterations here, because {reason}; going on with "
@@ -94,6 +95,8 @@ class Chunks:
 
     def __call__(self, state: State, batches: Batches, limit: int) -> tuple[State, list[Record]]:
         """Between 1 and ``limit`` iterations, the first of them on ``batches``."""
+        if self.usable and self.problem.habit.recorded:
+            self._refuse("a loss asks whether its variables require gradients")
         if self.usable and state.learned.concave > CONCAVE:
             self._refuse(
                 "the inner loss is concave in places, where linear systems are solved otherwise"

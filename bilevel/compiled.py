@@ -50,7 +50,7 @@ class CompiledOracle(Oracle):
 
     def _try(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
         """The compiled function's result, or None after it has failed once."""
-        if self._functions.get("failed"):
+        if self._functions.get("failed") or self.problem.habit.recorded:
             return None
         try:
             return self._run(name, draw, level, *args)
@@ -90,7 +90,7 @@ class CompiledOracle(Oracle):
         return value, gy
 
     def record(self, x: Tensor, y: Tensor, draw: Draw) -> Products:
-        if self._functions.get("failed") is None:
+        if self._functions.get("failed") is None and not self.problem.habit.recorded:
             products = CompiledProducts(self, x, y, draw)
             if products.compiled:
                 return products

@@ -112,13 +112,18 @@ def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
     that are too long; this bound errs to the safe side. Costs ``products`` products at most.
     """
     # a direction that b lacks comes back with rounding, and would grow: look at all of them
-    everywhere = torch.arange(b.numel(), dtype=torch.float64, device=b.device).square().cos().to(b)
-    lanczos = Lanczos(product, b / _norm(b) + everywhere / (2 * _norm(everywhere)))
+    lanczos = Lanczos(product, b / _norm(b) + everywhere(b) / 2)
     for _ in range(min(products, b.numel())):
         lanczos.advance()
     ritz, vectors = lanczos.ritz()
     bounds = ritz.abs() + lanczos.betas[-1] * vectors[-1].abs()
     return bounds.max()
+
+
+def everywhere(like: Tensor) -> Tensor:
+    """A vector of length 1 that has every coordinate, of no pattern."""
+    v = torch.arange(like.numel(), dtype=torch.float64, device=like.device).square().cos().to(like)
+    return v / _norm(v)
 
 
 class Lanczos:

@@ -192,7 +192,10 @@ def solve(
     try:
         if state.k == 0 and steps > 0:
             batches = ranks.read(partial(source.next, *method.wanted(state)))
-            feasible = validated(oracle, *state.vectors, batches[0], batches[1][0])
+            rules = method.outer_rule, method.inner_rule
+            searches = any(rule.searches(0, None) for rule in rules)
+            first = batches[0], batches[1][0]
+            feasible = validated(oracle, *state.vectors, *first, searches=searches)
             state = replace(state, vectors=(feasible, start), cost=oracle.cost)
         while state.k < steps and not ended:
             before = begin = state

@@ -277,6 +277,10 @@ class Oracle:
     def value(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         """The loss, without a graph; where it takes derivatives itself, with those of its own."""
         self.cost.loss_evaluations += draw.count
+        if self.problem.habit.recorded:
+            with torch.enable_grad():
+                x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+                return self._loss(level, x, y, draw).detach()
         loss = partial(self._loss, level, x, y, draw)
         return without_graph(self.problem.habit, loss).detach()
 
@@ -307,6 +311,8 @@ class Oracle:
         self.cost.gradients += draw.count
         with torch.enable_grad():
             y = y.detach().requires_grad_()
+            if self.problem.habit.recorded:
+                x = x.detach().requires_grad_()
             value = self._loss("inner", x, y, draw)
             (gy,) = _gradients(value, (y,))
         return value.detach(), gy

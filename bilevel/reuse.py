@@ -38,6 +38,8 @@ class Habit:
         largest: entries of the largest tensor in the loss. None: not known.
         differentiates: whether a loss takes derivatives itself, as of a network by its inputs.
         random: levels whose loss draws random numbers.
+        recorded: whether a loss is another one where no graph is recorded, as where it asks which
+            parameters require gradients.
     """
 
     pays: bool | None = None
@@ -45,6 +47,7 @@ class Habit:
     largest: int | None = None
     differentiates: bool = False
     random: set[str] = field(default_factory=set)
+    recorded: bool = False
 
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -10,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.layout import Layout
+from bilevel.linear import everywhere
 from bilevel.problem import Draw, Oracle
 from bilevel.require import is_told, shown
 
 T = TypeVar("T")
+
+OTHER = 0.02  # share by which a loss may change otherwise than its gradient says
+EXACT = 1e-6  # precision, or better, in which that can be told
+APART = 8  # times as far from x and y as the difference is long: off the kinks of zeros
 
 
 def describe(value: Any) -> str:
@@ -92,6 +98,73 @@ def _refuse_statistics(
         )
 
 
+def _compare_values(
+    oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, known: Tensor
+) -> None:
+    """See that searches compare values of the very loss that gradients belong to, which is
+    ``known`` where both x and y require them."""
+
+    def differ() -> bool:
+        values = [oracle.value(level, x, y, draw)]
+        if level == "inner":
+            values.append(oracle.inner_gradient(x, y, draw)[0])
+        most = torch.finfo(known.dtype).eps ** 0.5 * known.abs()
+        return any(bool((value - known).abs() > most) for value in values)
+
+    if differ():  # it may ask what requires gradients; then it is to be asked so every time
+        oracle.problem.habit.recorded = True
+        if differ():
+            raise ValueError(
+                f"the {level} loss differs from one evaluation to the next, of the same x, y and "
+                f"batch, so that no two trials of a step can be compared; draw its random numbers "
+                f"from torch's global generators, whose state is replayed, not from random, NumPy "
+                f"or a torch.Generator of its own."
+            )
+
+
+def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
+    """Warn where a loss does not change as its gradient says, since a part of it is detached.
+
+    The central difference along the gradient, over its square, is 1; where it is another number,
+    and the same at half of the distance, it is another function that was differentiated.
+    """
+    eps = torch.finfo(y.dtype).eps
+    if eps > EXACT:
+        return
+    both = level == "outer"
+    t = eps ** (1 / 3) * (1 + torch.linalg.vector_norm(torch.cat([x, y]) if both else y))
+    y = y + APART * t * everywhere(y)
+    if both:
+        x = x + APART * t * everywhere(x)
+        value, gx, gy = oracle.outer_gradients(x, y, draw)
+    else:
+        value, gy = oracle.inner_gradient(x, y, draw)
+        gx = torch.zeros_like(x)
+    norm = torch.linalg.vector_norm(torch.cat([gx, gy]))
+    if not (value.isfinite() and norm.isfinite() and norm > 0):
+        return
+    t = torch.maximum(t, 1024 * eps * value.abs() / norm)  # far enough for its rounding
+
+    def said(t: Tensor) -> float:
+        there, back = (
+            oracle.value(level, x + s * gx / norm, y + s * gy / norm, draw) for s in (t, -t)
+        )
+        return float((there - back) / (2 * t * norm))
+
+    far, near = said(t), said(t / 2)
+    off = abs(near - 1)
+    if off > OTHER and abs(far - near) < off / 10:
+        warnings.warn(
+            f"along its gradient the {level} loss changes {near:.2f} times as much as the gradient "
+            f"says: a part of it is hidden from autograd, by detach(), no_grad(), .data or an "
+            f"argmax? Line searches compare values, and find next to no step where these and "
+            f"gradients disagree. Let gradients through all of the loss, or fix the steps by "
+            f"method=bilevel.fixed(...).",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def validated(
     oracle: Oracle,
     x: Tensor,
@@ -99,10 +172,12 @@ def validated(
     outer_batch: Any,
     inner_batch: Any,
     given: str = "{}_data",
+    searches: bool = False,
 ) -> Tensor:
-    """A feasible x, after one evaluation of both losses and their gradients.
+    """A feasible x, after a few evaluations of both losses and their gradients.
 
-    ``given`` names, for messages, the argument that the batch of a level comes from.
+    ``given`` names, for messages, the argument that the batch of a level comes from; ``searches``:
+    whether steps are searched, for which a loss has to change as its gradient says.
 
     Raises:
         TypeError, ValueError: a loss that cannot be called, is not a finite scalar, does not
@@ -154,6 +229,9 @@ def validated(
                     + f": no gradient flows back to it; look for detach(), no_grad(), .item() or "
                     f"an argument that {level}(x, y) does not use."
                 )
+        if searches:
+            _compare_values(oracle, level, x, y, draw, value)
+            _tell_hidden(oracle, level, x, y, draw)
     return x
 
 

@@ -437,24 +437,6 @@ def test_an_optimizer_of_other_groups(tmp_path):
     refused(tmp_path / "c", words, method=method)
 
 
-@pytest.mark.parametrize("solver", [None, adam])
-def test_files_that_do_not_name_method_solver_and_shapes(solver, tmp_path):
-    path, method = tmp_path / "c", bilevel.bisls("sgd", inner_solver=solver)
-    killed(path, 4, method)
-    content = torch.load(path, weights_only=True)
-    for name in ("method", "inner_solver", "shapes"):
-        del content[name]
-    if solver is not None:
-        del content["solver"]["kind"]
-    torch.save(content, path)
-    x, y = start()
-    with pytest.raises(ValueError, match=r"3 numbers.*x is now x\['w'\]; resume with"):
-        bilevel.solve(
-            outer, inner, {"w": x}, y, **data(False), method=method, checkpoint=path, resume=True
-        )
-    equal(go(method, checkpoint=path, resume=True), go(method))
-
-
 def test_other_data(written):
     x, y = start()
     pairs = list(zip(*data(False).values(), strict=False))

@@ -188,6 +188,7 @@ class Iterations:
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         moments = Moments(first, second, n, weight)  # type: ignore[arg-type]
         d, moved = self.method.direction(h.grad, moments, lengths.share)
+        d = self.method.heeded(d, h)
 
         lasts = outer_last, lengths
         kappa = _kappa(agreement, m, self.alone)

@@ -33,6 +33,7 @@ from bilevel.rules import (
     Armijo,
     Line,
     Move,
+    Polyak,
     Rule,
     Steepest,
 )
@@ -144,6 +145,14 @@ class Method:
         """Whether steps may go over kinks: searches that remember them do, upwards as well."""
         return isinstance(self.outer_rule, Armijo) and self.outer_rule.reset == "grow"
 
+    def heeded(self, d: Tensor, h: Estimate) -> Tensor:
+        """d, or 0 where Polyak steps, which try nothing and have a floor, would go as far along an
+        h that points anywhere: where conjugate gradients end farther from solving than zero is."""
+        solves = is_conjugate(getattr(self.hypergradient, "solver", None))  # type: ignore[arg-type]
+        if not (solves and isinstance(self.outer_rule, Polyak)) or h.residual is None:
+            return d
+        return torch.where(h.residual > 1, 0.0, d)
+
     def may_wait(self, state: State) -> bool:
         """Whether x has not moved yet, and may stay for another iteration."""
         searches = self.outer_rule.searches(state.k, None)
@@ -241,6 +250,7 @@ class Method:
         lost = still and self._is_lost(state, h)
         if lost:
             moments, searches = state.moments, False
+        d = d if searches else self.heeded(d, h)
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         response = self.response if searches else None

@@ -122,27 +122,28 @@ def _compare_values(
             )
 
 
-def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
-    """Warn where a loss does not change as its gradient says, since a part of it is detached.
+def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> float | None:
+    """How much a loss changes along its gradient, over what the gradient says; None: just that.
 
     The central difference along the gradient, over its square, is 1; where it is another number,
     and the same at half of the distance, it is another function that was differentiated.
     """
     eps = torch.finfo(y.dtype).eps
     if eps > EXACT:
-        return
-    both = level == "outer"
+        return None
+    both = level == "outer" and oracle.problem.project is None  # x may have to be where it is
     t = eps ** (1 / 3) * (1 + torch.linalg.vector_norm(torch.cat([x, y]) if both else y))
     y = y + APART * t * everywhere(y)
-    if both:
-        x = x + APART * t * everywhere(x)
+    x = x + both * APART * t * everywhere(x)
+    if level == "outer":
         value, gx, gy = oracle.outer_gradients(x, y, draw)
+        gx = both * gx
     else:
         value, gy = oracle.inner_gradient(x, y, draw)
         gx = torch.zeros_like(x)
     norm = torch.linalg.vector_norm(torch.cat([gx, gy]))
     if not (value.isfinite() and norm.isfinite() and norm > 0):
-        return
+        return None
     t = torch.maximum(t, 1024 * eps * value.abs() / norm)  # far enough for its rounding
 
     def said(t: Tensor) -> float:
@@ -153,9 +154,18 @@ def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -
 
     far, near = said(t), said(t / 2)
     off = abs(near - 1)
-    if off > OTHER and abs(far - near) < off / 10:
+    return near if off > OTHER and abs(far - near) < off / 10 else None
+
+
+def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
+    """Warn where a loss does not change as its gradient says, since a part of it is detached."""
+    try:
+        seen = _seen(oracle, level, x, y, draw)
+    except Exception:  # a loss may be defined at the start, and not beside it
+        return
+    if seen is not None:
         warnings.warn(
-            f"along its gradient the {level} loss changes {near:.2f} times as much as the gradient "
+            f"along its gradient the {level} loss changes {seen:.2f} times as much as the gradient "
             f"says: a part of it is hidden from autograd, by detach(), no_grad(), .data or an "
             f"argmax? Line searches compare values, and find next to no step where these and "
             f"gradients disagree. Let gradients through all of the loss, or fix the steps by "

@@ -711,3 +711,27 @@ def test_autocast_belongs_inside_the_losses():
     bilevel.solve(inner, inner, torch.ones(2), torch.zeros(2), steps=2)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="inside the loss"):
         bilevel.solve(inner, inner, torch.ones(2), torch.zeros(2), steps=2)
+
+
+def test_bisps_stays_where_its_system_is_left_unsolved():
+    """A floor of Polyak's step would be taken along an h that points anywhere."""
+    scales = t([1e-3, 1.0, 1e3])
+
+    def inner(x, y):
+        return (scales * (y - x) ** 2).sum()
+
+    def outer(x, y):
+        return ((y - 1) ** 2).sum()
+
+    def records(steps, bound=0.1):
+        solver = bilevel.ConjugateGradient(steps, rtol=0.0, warm_start=False)
+        method = bilevel.bisps(bound, 1e-4, bound, Implicit(solver))
+        return bilevel.solve(
+            outer, inner, t([0.0, 0.5, 0.9]), t([0.2, 0.4, 0.3]), method=method, steps=3
+        ).history
+
+    with pytest.warns(RuntimeWarning, match="x stayed where it was in 3 of 3"):
+        unsolved = records(1)
+    solved = records(3)
+    assert all(r.residual > 1 and r.outer_step == 0 and r.failure is None for r in unsolved)
+    assert all(r.residual < 1 and r.outer_step > 0 for r in solved)

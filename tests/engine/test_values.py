@@ -168,3 +168,15 @@ def test_a_network_that_starts_dead(recwarn):
     bilevel.solve(lambda x, y: nn.functional.cross_entropy(y(images + 0.1), classes), inner,
                   torch.tensor(-5.0), copy.deepcopy(y), steps=1)  # fmt: skip
     assert not [w for w in recwarn if "hidden" in str(w.message)]
+
+
+def test_a_loss_that_is_defined_at_the_start_alone(recwarn):
+    """What the look tries beside the start is not the user's to answer for."""
+
+    def inner(x, y):
+        if (y > 0).any():
+            raise ValueError("y has to be at most 0")
+        return ((y - x) ** 2).sum()
+
+    bilevel.solve(lambda x, y: ((y + 2) ** 2).sum(), inner, t([-1.0]), t([0.0]), steps=1)
+    assert not [w for w in recwarn if "hidden" in str(w.message)]

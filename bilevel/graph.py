@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Estimate, Followed, Implicit
-from bilevel.lag import is_behind
+from bilevel.lag import is_behind, is_flattered
 from bilevel.layout import rebuild
 from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
@@ -57,6 +57,7 @@ class Row(NamedTuple):
     hessian_products: Any
     loss_evaluations: Any
     concave: Any
+    flattered: Any
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class Iterations:
             cells = torch.stack([cell.double() for cell in row])
             rows = rows.index_copy(0, i[None], cells[None])
             # where g is concave, the systems are solved otherwise than here; where they are not
-            # solved, x may stay: not taken
-            fits = row.concave <= CONCAVE
+            # solved, or f is flattered, x may stay: not taken
+            fits = (row.concave <= CONCAVE) & ~row.flattered
             if self.still:
                 fits = fits & ~(row.residual > 1)
             state = zip((new_scalars, *new_vectors), (scalars, *vectors), strict=True)
@@ -209,9 +210,11 @@ class Iterations:
         inner_value = h.inner_value + unsound(inner.spoiled).to(x.dtype)
         finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
         finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
+        flattered = torch.zeros_like(finite)
         if self.method.corrects and not self.method.fresh:
             assert here is not None and there is not None
-            behind = is_behind(here.double(), there.double(), alpha * step.slope.double().abs())
+            lag = here.double(), there.double(), alpha * step.slope.double().abs()
+            behind, flattered = is_behind(*lag), is_flattered(*lag)
             judge = self._draw(1, stored, i * self.counts[0])
             new_y, products, looks, concave_new = _corrected(
                 oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver
@@ -283,6 +286,7 @@ class Iterations:
             + int(self.watches[1]),
             loss_evaluations=inner.trials + evaluations + m * int(self.averaged),
             concave=solver.concave[-1],
+            flattered=flattered,
         )
         return row, new_scalars, new_vectors
 

@@ -15,7 +15,8 @@ from bilevel.trials import Trials
 
 HALVINGS = 10  # of a first step at most
 NEAR = 0.25  # share by which g may be off where y is near y*, of which nothing else need tell
-LOST = 3  # iterations with a residual above one, of which x stays in the last
+LOST = 3  # iterations in a row that go wrong, of which x stays in the last
+FLATTERED = 2  # times what a step gains, by which f is too low where y lags
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*
 
 
@@ -46,6 +47,15 @@ def is_behind(here: Any, there: Any, gain: Any) -> Any:
     """
     lag, spread = abs(here + there) / 2, abs(here - there) / 2
     return (lag > gain) & (lag > 2 * spread)
+
+
+def is_flattered(here: Any, there: Any, gain: Any) -> Any:
+    """Whether f is lower than it would be at y*, by more than steps gain: as in :func:`is_behind`.
+
+    Where that is so again and again, and no correction brings y near, f falls since y stays behind,
+    and F rises.
+    """
+    return is_behind(here, there, FLATTERED * gain) & (here + there < 0)
 
 
 def arrived(

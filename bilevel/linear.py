@@ -40,12 +40,14 @@ class Learned(NamedTuple):
         halvings: of the relative residual that is enough, for a solver with ``rtol='auto'``.
         lately: as ``concave``, of the systems of one iteration.
         unsolved: iterations in a row that left q farther from solving its system than zero is.
+        flattered: iterations in a row in which f was too low, see :func:`bilevel.lag.is_flattered`.
     """
 
     concave: Concave = 0.0
     halvings: int | Tensor = 0
     lately: Concave = 0.0
     unsolved: int = 0
+    flattered: int = 0
 
     def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;

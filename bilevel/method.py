@@ -21,7 +21,7 @@ from bilevel.drawn import Drawn, drawn
 from bilevel.host import Numbers, numbers, unsound
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient, InnerStep
 from bilevel.inner_solver import run_solver
-from bilevel.lag import arrived, corrected, has_solution, is_behind, is_lost
+from bilevel.lag import LOST, arrived, corrected, has_solution, is_behind, is_flattered, is_lost
 from bilevel.layout import Layout, Variable
 from bilevel.lengths import STRAIGHT, leap
 from bilevel.linear import is_conjugate
@@ -51,7 +51,7 @@ Point = tuple[Tensor, Tensor]
 # outer, inner, for the Hessian, more outer ones: what a step takes
 Batches = tuple[Any, list[Any], "list[Any] | None", "list[Any] | None"]
 ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
-PATIENCE = 10  # iterations that x waits at most for a y that comes from far; corrections of one
+PATIENCE = 10  # iterations that x waits at most for y; corrections of one
 ROUNDS = 3  # of inner steps and a Newton step, after which y is where a first step is judged
 
 
@@ -273,6 +273,7 @@ class Method:
         agreement, average = state.agreement, state.average
         if n.alpha > 0:
             agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, batches.many)
+        flattered = self._flattered(state, h, n, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         if n.sound:
             searched = move  # by the search alone
@@ -283,7 +284,11 @@ class Method:
                 return arrived(oracle, outer, trials, line, searched, settled)
 
             here, found = (x, y), (move, point)
-            move, point = self._follow_up(oracle, state, draws[0], h, n, here, found, judged, lost)
+            stays = LOST <= flattered < LOST + PATIENCE
+            leapt = None if stays else leapt
+            move, point = self._follow_up(
+                oracle, state, draws[0], h, n, here, found, judged, lost, stays
+            )
             n = n._replace(alpha=float(move.size))
         lengths = state.lengths
         if self.leaps and not first:  # which is sought over many decades, often where F is flat
@@ -312,6 +317,7 @@ class Method:
             return replace(state, k=state.k + 1, cost=cost, failures=0), record
 
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
+        learned = learned._replace(flattered=flattered % (LOST + PATIENCE))
         if still:  # noise, where there is some, is not to be fitted closer
             concave = learned.concave if batches.batched else learned.lately
             learned = learned.judge(math.inf if lost else n.apart, concave)
@@ -350,13 +356,14 @@ class Method:
         found: tuple[Move, Point],
         judged: Callable[[], tuple[Move, Point]],
         lost: bool,
+        stays: bool,
     ) -> tuple[Move, Point]:
         """The step that was ``found`` and where it leads; a shorter one, or none, where y has yet
         to arrive; and y nearer to its solution, where it lags behind.
 
         Args:
             here: where the step begins.   judged: the step, where it is the first.
-            lost: see :func:`bilevel.lag.is_lost`.
+            lost: see :func:`bilevel.lag.is_lost`.   stays: whether x does, for f is flattered.
         """
         move, point = found
         # on y's way from the user's start h is of another place than y*(x), and x waits where the
@@ -368,12 +375,20 @@ class Method:
                 move = move._replace(last=float(move.size))
         behind = lost or waits or is_behind(n.here, n.there, float(move.size) * abs(n.slope))
         if self.corrects and not self.fresh and behind and not move.failed:
-            if waits:
-                move, point = Move(0.0, None, move.trials), here
+            if waits or stays:
+                move, point = Move(0.0, state.outer_last, move.trials), here
             y, learned = corrected(oracle, *point, h, judge)
             h.learned.append(learned)
             point = point[0], y
         return move, point
+
+    def _flattered(self, state: State, h: Estimate, n: Numbers, move: Move) -> int:
+        """Iterations in a row, with this one, in which f was too low for a y that lags."""
+        follows = self.corrects and not self.fresh and state.outer_last is not None
+        gain = float(move.size) * abs(n.slope)
+        if not (follows and has_solution(h) and is_flattered(n.here, n.there, gain)):
+            return 0
+        return state.learned.flattered + 1
 
     def _is_lost(self, state: State, h: Estimate) -> bool:
         """Whether x is to stay for want of a hypergradient, which going on with its system may yet

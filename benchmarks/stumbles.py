@@ -172,6 +172,35 @@ def augmentation(seed: int) -> Case:
     return Case(outer, inner, torch.full((12,), -1.0), torch.zeros(12), objective)
 
 
+def input_noise(seed: int) -> Case:
+    """How much noise to put on each input of a classifier in three classes, which the inner loss
+    draws itself, on batches of 30 of 60 rows. y is solved for 200 draws of it, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    w = draw(20, 3) * (torch.arange(20) < 6)[:, None]
+    A, B, noise = draw(60, 20), draw(300, 20), draw(200, 60, 20)
+    a, b = ((rows @ w + 0.5 * draw(len(rows), 3)).argmax(1) for rows in (A, B))
+
+    def inner(x: Tensor, y: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        noisy = batch[0] + x.exp() * torch.randn_like(batch[0])
+        return F.cross_entropy(noisy @ y, batch[1]) + 0.005 * y.square().sum()
+
+    def outer(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(B.to(y) @ y, b)
+
+    def objective(x: Tensor) -> float:
+        noisy, classes = (A + x.double().exp() * noise).flatten(0, 1), a.repeat(200)
+
+        def mean(y: Tensor) -> Tensor:
+            return F.cross_entropy(noisy @ y, classes) + 0.005 * y.square().sum()
+
+        y = solved(mean, torch.zeros(20, 3, dtype=torch.float64))
+        return float(outer(x, y))
+
+    data = {"inner_data": Shuffled(A.float(), a, size=30)}
+    return Case(outer, inner, torch.full((20,), -2.0), torch.zeros(20, 3), objective, data)
+
+
 def wide(seed: int, size: int | None = None) -> Case:
     """A penalty per feature of a regression on 200 features, of 40 rows alone; batches of so many
     at both levels, or none."""
@@ -347,6 +376,7 @@ STUMBLES: dict[str, Callable[[int], Case]] = {
     "penalties, y afresh": afresh,
     "frequencies": frequencies,
     "augmentation": augmentation,
+    "noise on inputs": input_noise,
     "more features than rows": wide,
     "more features than rows, batches": partial(wide, size=20),
     "penalties of words": words,

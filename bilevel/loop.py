@@ -17,7 +17,7 @@ from bilevel import require
 from bilevel.data import Cycle
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
-from bilevel.method import Batches, Method
+from bilevel.method import PATIENCE, Batches, Method
 from bilevel.noise import averaged
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
@@ -253,24 +253,44 @@ def solve(
     finally:
         bar.close()
     saver.write()
-    _tell_stay(history)
+    _tell(history, inner_steps)
     return Result(state.x, state.y, reason, history, state)
 
 
-def _tell_stay(history: list[Record]) -> None:
-    """Warn where x stayed in most of the iterations: see :func:`bilevel.lag.is_lost`."""
-    still = (r for r in history if not (r.outer_step or r.outer_trials or r.failure))
-    stayed = sum(r.residual is not None and r.residual > 1 for r in still)
-    if 2 * stayed > len(history):
-        warnings.warn(
-            f"x stayed where it was in {stayed} of {len(history)} iterations, in which the linear "
-            f"system of the hypergradient was left with a residual above 1, as where g is all but "
-            f"flat in some directions of y: keep x from there (project=..., bounded penalties), "
-            f"add a small penalty on y to g, or allow more products by "
+def _tell(history: list[Record], inner_steps: int) -> None:
+    """Warn where x or y stayed in most of the iterations: see :func:`bilevel.lag.is_lost` and
+    :func:`bilevel.lag.is_flattered`."""
+    still = [r for r in history if not (r.outer_step or r.failure)]
+    unsolved = [r for r in still if not r.outer_trials and (r.residual or 0) > 1]
+    later = [r for r in history if r.k >= PATIENCE]  # before, x waits for a y that comes from far
+    flattered = [r for r in still if r.outer_trials and r.k >= PATIENCE]
+    failed = sum(r.inner_failures for r in history)
+    for most, text in (
+        (
+            2 * len(unsolved) > len(history),
+            f"x stayed where it was in {len(unsolved)} of {len(history)} iterations, in which the "
+            f"linear system of the hypergradient was left with a residual above 1, as where g is "
+            f"all but flat in some directions of y: keep x from there (project=..., bounded "
+            f"penalties), add a small penalty on y to g, or allow more products by "
             f"hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(steps=200)).",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        ),
+        (
+            2 * len(flattered) > len(later) >= PATIENCE,
+            f"x stayed where it was in {len(flattered)} of {len(history)} iterations, in which y "
+            f"was so far from y*(x) that f fell and F rose: keep x from where gradient steps of g "
+            f"hardly move y (project=..., bounded penalties), take more inner_steps, or give an "
+            f"inner_solver that gets there.",
+        ),
+        (
+            2 * failed > inner_steps * len(history) > 0,
+            f"{failed} of {inner_steps * len(history)} inner searches found no acceptable step, "
+            f"and y stayed where it was: g is on a scale that its steps or its precision do not "
+            f"reach (divide it by a number, or use float64), or is not the function whose gradient "
+            f"it gives.",
+        ),
+    ):
+        if most:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _reached(tol: float | None, history: list[Record]) -> str | None:

@@ -38,6 +38,8 @@ class Habit:
         largest: entries of the largest tensor in the loss. None: not known.
         differentiates: whether a loss takes derivatives itself, as of a network by its inputs.
         random: levels whose loss draws random numbers.
+        proven: whether a value with kept results has once been compared with one without, for
+            memory that is written where torch does not see it (``.data``, NumPy).
         recorded: whether a loss is another one where no graph is recorded, as where it asks which
             parameters require gradients.
     """
@@ -47,6 +49,7 @@ class Habit:
     largest: int | None = None
     differentiates: bool = False
     random: set[str] = field(default_factory=set)
+    proven: bool = False
     recorded: bool = False
 
 
@@ -91,6 +94,12 @@ class Reuse:
             self._at, self._kept = (x, batch), kept
         with kept.apart_from(y):
             value = loss()
+        if kept.hits and not habit.proven:
+            habit.proven = True
+            # what draws random numbers would draw others now
+            plain = value if "inner" in habit.random else loss()
+            if not torch.equal(plain.nan_to_num(), value.nan_to_num()):
+                habit.pays, value = False, plain
         if habit.pays is None:
             worth = WORTH.get(y.device.type, WORTH_ELSEWHERE)
             habit.pays = kept.flops > worth * kept.operations

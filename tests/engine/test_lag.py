@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import bilevel
-from benchmarks.stumbles import afresh, evidence, prices, risk, wide, words
-from bilevel.lag import HALVINGS, NEAR, arrived
+from benchmarks.stumbles import afresh, evidence, input_noise, prices, risk, wide, words
+from bilevel import lag
+from bilevel.lag import FLATTERED, HALVINGS, LOST, NEAR, arrived, is_flattered
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import PATIENCE
@@ -406,3 +407,58 @@ def test_the_user_is_told_that_x_stayed():
     method = bilevel.bisls(hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(2)))
     with pytest.warns(RuntimeWarning, match=r"x stayed where it was in \d+ of 20 iterations"):
         bilevel.solve(outer, inner, zero, zero, steps=20, method=method)
+
+
+def test_f_is_flattered_where_it_is_lower_than_at_the_solution():
+    """By more than twice the gain, on two batches whose mean tells more than they differ by."""
+    assert FLATTERED == 2
+    for here, there, gain, flattered in (
+        (-0.5, -0.5, 0.2, True),
+        (0.5, 0.5, 0.2, False),  # f is too high: nothing to gain by y staying behind
+        (-0.5, -0.5, 0.3, False),  # a step gains as much
+        (-0.9, -0.1, 0.1, False),  # they differ by more
+        (-0.7, -0.3, 0.1, True),
+        (math.nan, math.nan, 0.1, False),
+    ):
+        assert is_flattered(here, there, gain) is flattered
+        assert bool(is_flattered(t(here), t(there), t(gain))) is flattered
+
+
+def test_x_stays_where_f_is_flattered_again_and_again(monkeypatch):
+    """Noise of e^5 on the inputs lets y hardly move: f falls so, and F rises."""
+
+    def ends(seed):
+        case, stayed = input_noise(seed), []
+
+        def look(state, record):
+            still = record.outer_step == 0 and record.outer_trials > 0
+            stayed.append(still and record.k >= PATIENCE)
+            assert not still or record.k < PATIENCE or state.learned.flattered >= LOST
+            assert sum(stayed[-PATIENCE - 1 :]) <= PATIENCE
+
+        result = case.solve("bisls-adam", steps=100, inner_steps=10, seed=seed, callback=look)
+        return case.value(result.x, result.y), sum(stayed)
+
+    seeds = 3, 6
+    stayed = [ends(seed) for seed in seeds]
+    monkeypatch.setattr(lag, "FLATTERED", math.inf)
+    gone = [ends(seed) for seed in seeds]
+    for (value, count), (higher, none) in zip(stayed, gone, strict=True):
+        assert count > 0 == none and value < higher - 0.02
+
+
+@pytest.mark.parametrize("what", ["flattered", "failed"])
+def test_a_run_that_stays_is_told(what):
+    """Of which the messages say what to do."""
+    if what == "flattered":
+        with pytest.warns(RuntimeWarning, match="x stayed.*f fell and F rose.*inner_steps"):
+            input_noise(0).solve("bisls-adam", steps=100, inner_steps=10, seed=0)
+        return
+    with pytest.warns(RuntimeWarning, match="20 of 20 inner searches found no acceptable step"):
+        bilevel.solve(
+            lambda x, y: ((y - 1) ** 2).sum(),
+            lambda x, y: 1e15 * ((y - x) ** 2).sum(),
+            torch.zeros(2),
+            torch.full((2,), 0.7),
+            steps=2,
+        )

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -338,3 +339,26 @@ def test_a_run_is_the_same_to_the_last_bit(method, options, monkeypatch):
     assert torch.equal(kept[2], plain[2])
     if method in ("bisls-adam", "bisls-sgd"):
         assert sum(k.hits for k in set(hits)) > 0
+
+
+def through_data(x, y):
+    features = x.outer(x)
+    features.data.mul_(0.5)  # no version of it changes
+    return (features @ y).square().sum()
+
+
+BUFFER = np.empty(40)
+
+
+def through_numpy(x, y):
+    y = torch.from_numpy(np.sin(y.detach().numpy(), out=BUFFER))  # the memory is always the same
+    return x.outer(x).sum() + y.sum()
+
+
+@pytest.mark.parametrize("loss", [through_data, through_numpy])
+def test_memory_that_is_written_unseen_ends_it(loss, always):
+    x, y = torch.linspace(-1, 1, 40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
+    for points in ([y, 2 * y, 3 * y, 4 * y], [y] * 4):
+        work = Reuse(Habit())
+        found = [float(work.evaluate(x, p, None, lambda p=p: loss(x, p))) for p in points]
+        assert found == [float(loss(x, p)) for p in points]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bilevel.layout import Layout
 from bilevel.problem import Draw, Oracle
-from bilevel.require import shown
+from bilevel.require import shown, takes
 
 OWN = "gradient steps"  # and no solver of the user's
 
@@ -44,15 +44,17 @@ class OptimizerSolver:
                 f"inner_solver made an optimizer of {len(stepped - own)} tensors that are not "
                 f"among the {len(own)} parameters it was given; pass it those."
             )
+        # as ReduceLROnPlateau does
+        self.asks_for_loss = self.scheduler is not None and not takes(self.scheduler.step, 0)
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
         with torch.no_grad():
             for p, value in zip(self.parameters, oracle.y.parts(y), strict=True):
                 p.copy_(value)
         for draw in draws:
-            self.optimizer.step(partial(self._closure, oracle, x, draw))
+            loss = self.optimizer.step(partial(self._closure, oracle, x, draw))
             if self.scheduler is not None:
-                self.scheduler.step()
+                self.scheduler.step(*[loss] if self.asks_for_loss else [])
             self.optimizer.zero_grad()
         return _gather(self.parameters, oracle)
 

@@ -169,7 +169,12 @@ def sgd_and_schedule(parameters):
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adam, sgd_and_schedule])
+def sgd_and_plateau(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, sgd_and_schedule, sgd_and_plateau])
 def test_the_optimizer_of_the_inner_level_is_resumed(make, tmp_path):
     method = bilevel.bisls("sgd", inner_solver=make)
     whole = go(method)

@@ -430,9 +430,12 @@ def by_hand(case, make, steps, inner_steps, alpha):
     for _ in range(steps):
         for _ in range(inner_steps):
             optimizer.zero_grad()
-            case.inner(x, like_parts(case.y, parts)).backward()
+            loss = case.inner(x, like_parts(case.y, parts))
+            loss.backward()
             optimizer.step()
-            if scheduler is not None:
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(loss.item())
+            elif scheduler is not None:
                 scheduler.step()
         y = like(case.y, flat(parts).detach().numpy())
         h = bilevel.hypergradient(case.outer, case.inner, x, y, method=EXACT)
@@ -457,6 +460,13 @@ def scheduled(parameters):
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.7)
 
 
+def plateau(parameters):
+    """Shrinks the rate wherever the loss did not fall by nine tenths."""
+    optimizer = torch.optim.SGD(parameters, lr=0.3, momentum=0.5)
+    reduce = torch.optim.lr_scheduler.ReduceLROnPlateau
+    return optimizer, reduce(optimizer, factor=0.7, patience=0, threshold=0.9)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -466,6 +476,7 @@ def scheduled(parameters):
         partial(torch.optim.AdamW, lr=0.05),
         two_groups,
         scheduled,
+        plateau,
     ],
 )
 @pytest.mark.parametrize("case", [RIDGES[0], NESTED], ids=str)

@@ -48,6 +48,16 @@ class OptimizerSolver:
         self.asks_for_loss = self.scheduler is not None and not takes(self.scheduler.step, 0)
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
+        grads = [p.grad for p in self.parameters]  # of a Module, the user's own
+        for p in self.parameters:
+            p.grad = None
+        try:
+            return self._run(oracle, x, y, draws)
+        finally:
+            for p, grad in zip(self.parameters, grads, strict=True):
+                p.grad = grad
+
+    def _run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
         with torch.no_grad():
             for p, value in zip(self.parameters, oracle.y.parts(y), strict=True):
                 p.copy_(value)

@@ -556,6 +556,31 @@ def test_inner_solver_trains_a_module_in_place():
     assert result.history[-1].outer_loss < 0.5 * result.history[0].outer_loss
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_inner_solver_leaves_the_gradients_of_a_module(fails):
+    y = torch.nn.Linear(3, 1).double()
+    y(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    grads, values = [p.grad for p in y.parameters()], [p.grad.clone() for p in y.parameters()]
+    calls = []
+
+    def inner(x, y):
+        calls.append(0)
+        if fails and len(calls) > 10:
+            raise OSError("no more")
+        return (x - y.weight).square().sum() + y.bias.square().sum()
+
+    method = bilevel.fixed("sgd", 0.1, inner_solver=torch.optim.SGD)
+    start = t([1.0, 2.0, 3.0])
+    run = partial(bilevel.solve, lambda x, y: y.weight.square().sum(), inner, start, y)
+    if fails:
+        with pytest.raises(OSError, match="no more"):
+            run(method=method, steps=1, inner_steps=20)
+    else:
+        run(method=method, steps=2)
+    for p, grad, value in zip(y.parameters(), grads, values, strict=True):
+        assert p.grad is grad and torch.equal(grad, value)
+
+
 def test_inner_solver_that_is_no_solver():
     case = RIDGES[0]
     for bad in (lambda parameters: "sgd", lambda parameters: None):

@@ -24,7 +24,8 @@ class Cycle:
     its turn, the position before it. Data that has ``state_dict`` and
     ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
     ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew; so
-    is a batch sampler, and the sampler in it.
+    is a batch sampler, and the sampler in it. What workers draw that stay from pass to pass
+    (``persistent_workers``) depends on all their passes, and is not resumed.
 
     Attributes:
         length: how many batches a pass has; ``UNKNOWN`` where the data does not tell.
@@ -62,6 +63,8 @@ class Cycle:
         self._iterator: Iterator[Any] | None = None
         self._position = 0
         self._passes = 0  # begun so far
+        stay = bool(getattr(data, "persistent_workers", False))
+        self._starts = stay and not hasattr(data, "load_state_dict")  # workers that stay
         self._start: dict[str, Any] = {}
         self._ahead: tuple[Any, Exception | None] | None = None  # what comes next, read already
         self._before: dict[str, Any] = {}  # the state before that
@@ -126,6 +129,11 @@ class Cycle:
                 sampler.set_epoch(self._passes)
         self._passes += 1
         self._start = self._generators()
+        if self._starts:
+            # the iterator that starts them draws one number more than those of later passes
+            iter(self.data)
+            self._restore(self._start)
+        self._starts = False
         self._iterator = iter(self.data)
         self._position = 0
 

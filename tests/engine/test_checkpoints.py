@@ -23,7 +23,7 @@ class Killed(Exception):
     """What a signal would do: nothing after it runs."""
 
 
-def data(generators, workers=0):
+def data(generators, workers=0, stay=False):
     """Shuffling loaders at both levels, whose lengths do not divide the batches of a step."""
     rng = torch.Generator().manual_seed(4)
     loaders = []
@@ -38,6 +38,7 @@ def data(generators, workers=0):
                 shuffle=True,
                 generator=own,
                 num_workers=workers,
+                persistent_workers=stay,
             )
         )
     return {"outer_data": loaders[0], "inner_data": loaders[1]}
@@ -114,6 +115,20 @@ def test_killed_anywhere(at, generators, tmp_path):
     whole = go("bisls-sgd", generators)
     killed(path, at, "bisls-sgd", generators=generators)
     equal(go("bisls-sgd", generators, checkpoint=path, resume=True), whole)
+
+
+@pytest.mark.parametrize("generators", [False, True], ids=["global", "own"])
+@pytest.mark.parametrize("at", [1, 6])
+def test_loaders_with_workers_that_stay_are_resumed(at, generators, tmp_path):
+    """In their first pass and in later ones, with new loaders and with those of before."""
+    run = partial(go, "bisls-sgd", checkpoint_every=1)
+    whole = run(**data(generators, 1, True))
+    loaders, path = data(generators, 1, True), tmp_path / "c"
+    run(checkpoint=path, steps=at, **loaders)
+    written = path.read_bytes()
+    for again in (data(generators, 1, True), loaders):
+        path.write_bytes(written)
+        equal(run(checkpoint=path, resume=True, **again), whole)
 
 
 def test_the_average_is_resumed(tmp_path):

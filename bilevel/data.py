@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -211,3 +211,20 @@ class Cycle:
                 f"after {state['position']}; resume with the data of the interrupted run."
             )
         self._restore(state["now"])
+
+
+def refuse_shared(cycles: Iterable[Cycle]) -> None:
+    """Refuse two cycles of one object that keeps a position of its own.
+
+    Raises:
+        ValueError: there are two.
+    """
+    for one, other in combinations(cycles, 2):
+        data = one.data
+        own = hasattr(data, "load_state_dict") or getattr(data, "persistent_workers", False)
+        if data is other.data and own:
+            raise ValueError(
+                f"{one.name} and {other.name} are the same {type(data).__name__}, which keeps one "
+                f"position but is read at two, so that a checkpoint could not be gone on from; "
+                f"make one for each, or leave out checkpoint."
+            )

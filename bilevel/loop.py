@@ -14,7 +14,7 @@ import torch
 
 from bilevel import checkpoint as files
 from bilevel import require
-from bilevel.data import Cycle
+from bilevel.data import Cycle, refuse_shared
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.layout import Variable
 from bilevel.method import PATIENCE, Batches, Method
@@ -156,6 +156,8 @@ def solve(
     if data is None:
         oracle.require_data(outer_data, inner_data)
     source = _Source(outer_data, inner_data, data, inner_steps, ranks)
+    if checkpoint is not None:
+        source.refuse_shared()
     state = replace(state, vectors=ranks.start(state.layouts, state.vectors))
     start = state.vectors[1]
 
@@ -377,6 +379,10 @@ class _Source:
         pairs = self._different.get("data", 1)
         inner = self._different.get("inner_data", pairs)
         return self._different.get("outer_data", pairs), inner, inner
+
+    def refuse_shared(self) -> None:
+        """Refuse data that can tell one position only, but is read at two."""
+        refuse_shared(self._cycles.values())
 
     def state_dict(self) -> dict[str, Any]:
         return {name: cycle.state_dict() for name, cycle in self._cycles.items()}

@@ -567,6 +567,32 @@ def test_stateful_loader():
     assert cycle.take(7) == again.take(7) == [4, 5, 1, 2, 3, 4, 5]
 
 
+class Stateful(list):
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["stateful", "workers that stay"])
+def test_one_object_at_both_levels(kind, tmp_path):
+    """Fine where no position is asked for."""
+    loader = data(False, 1, True)["inner_data"]
+    if kind == "stateful":
+        loader = Stateful(data(False)["inner_data"])
+    run = partial(go, "bisls-sgd", steps=2, outer_data=loader, inner_data=loader)
+    with pytest.raises(ValueError, match="outer_data and inner_data are the same.*make one for"):
+        run(checkpoint=tmp_path / "c")
+    assert not any(tmp_path.iterdir())
+    assert run().reason == "all 2 steps were taken"
+    same = data(False)["inner_data"]  # which keeps none
+    path = tmp_path / "c"
+    run = partial(go, "bisls-sgd", outer_data=same, inner_data=same)
+    run(steps=4, checkpoint=path)
+    equal(run(checkpoint=path, resume=True), run())
+
+
 def test_nested_trees_are_resumed(tmp_path):
     case = NESTED
     run = partial(bilevel.solve, case.outer, case.inner, case.x, case.y, steps=5)

@@ -239,9 +239,10 @@ def check(
     devices = [X.device] if X.device.type == "cuda" else []
     with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=devices):
         validated(oracle, X, Y, outer_batch, inner_batch, "{}_batch")
-        D = torch.randn(directions, X.numel(), generator=generator, dtype=torch.float64)
+        cpu: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        D = torch.randn(directions, X.numel(), generator=generator, **cpu)
         if X.numel() <= directions:
-            D = torch.eye(X.numel(), dtype=torch.float64)
+            D = torch.eye(X.numel(), **cpu)
         D = (D / torch.linalg.vector_norm(D, dim=1, keepdim=True)).to(X)
         outer_draw, inner_draw = Draw(outer_batch), Draw(inner_batch)
 

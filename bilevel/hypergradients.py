@@ -246,7 +246,8 @@ class Implicit:
                 off = ((stayed - moved - said).abs() - rounding).clamp_min(0)
                 off = off / said.clamp_min(torch.finfo(y.dtype).tiny)
                 if first is not False:
-                    trusted = trusted & ((off <= CLOSE) | ~torch.as_tensor(first))
+                    later = ~first if isinstance(first, Tensor) else not first
+                    trusted = trusted & ((off <= CLOSE) | later)
                 if now.concave > CONCAVE:  # q tells of no solution
                     return Followed(yt, trusted, yt, off)
                 # on the way from y(t) to y* f changes by -<q, g_y> to first order. What of it is

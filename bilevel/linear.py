@@ -261,7 +261,7 @@ class StochasticNeumann:
         if self.step == "auto":
             nu = nu / 2
         if self.form == "random":
-            n = Ranks(b.device).first(lambda: int(torch.randint(self.terms, ())))
+            n = Ranks(b.device).first(lambda: int(torch.randint(self.terms, (), device="cpu")))
             for j in range(1, n + 1):  # the first batch is that of g_xy
                 b = b - nu * product(b, j)
             return self.terms * nu * b
@@ -482,7 +482,7 @@ class Nystrom:
         b = b.to(torch.promote_types(dtype, torch.float32))  # decompositions have no half types
         # drawn on the CPU so that every device sees the same sketch
         generator = torch.Generator().manual_seed(self.seed)
-        omega = torch.randn(n, rank, generator=generator, dtype=torch.float64)
+        omega = torch.randn(n, rank, generator=generator, dtype=torch.float64, device="cpu")
         omega = torch.linalg.qr(omega).Q.to(b)
         Y = torch.stack([product(column.to(dtype)) for column in omega.T], dim=1).to(b)
         shift = torch.finfo(b.dtype).eps * torch.linalg.matrix_norm(Y)  # keeps the core definite

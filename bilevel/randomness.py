@@ -39,7 +39,8 @@ def all_generators(device: torch.device) -> dict[str, Any]:
     }
     if "numpy" in sys.modules:
         name, keys, position, has, cached = sys.modules["numpy"].random.get_state()
-        states["numpy"] = [name, torch.tensor(keys.astype("int64")), position, has, cached]
+        keys = torch.tensor(keys.astype("int64"), device="cpu")
+        states["numpy"] = [name, keys, position, has, cached]
     return states
 
 

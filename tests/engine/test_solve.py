@@ -5,6 +5,7 @@ import math
 import sys
 from collections import Counter, OrderedDict
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -403,6 +404,33 @@ def test_an_optimizer_starts_afresh_with_y():
     for y in seen:
         assert (y - seen[0]).norm() < 1e-6 * seen[0].norm()
     assert result.state.solver["scheduler"]["last_epoch"] == 7
+
+
+@pytest.mark.parametrize("name", ["bisls-adam", "bisls-sgd", "bisps"])
+def test_another_default_device(name, tmp_path):
+    """Where torch makes tensors of its own; on meta they hold no numbers."""
+    case = NESTED
+    go = partial(bilevel.solve, case.outer, case.inner, case.x, case.y, method=name, seed=1)
+    plain = go(steps=6)
+    with torch.device("meta"):
+        go(steps=3, checkpoint=tmp_path / "c")
+        again = go(steps=6, checkpoint=tmp_path / "c", resume=True)
+    assert torch.equal(flat(again.x), flat(plain.x)) and torch.equal(flat(again.y), flat(plain.y))
+
+
+@pytest.mark.parametrize(
+    "solver", [bilevel.Nystrom(3), bilevel.StochasticNeumann(5, form="random")], ids=repr
+)
+def test_hypergradients_on_another_default_device(solver):
+    case, found = NESTED, []
+    method = bilevel.Implicit(solver)
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            h = bilevel.hypergradient(case.outer, case.inner, case.x, case.y, method=method)
+            rows = bilevel.check(case.outer, case.inner, case.x, case.y, methods=[method])
+        found.append((flat(h.grad), rows.numeric))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_callback():

@@ -63,6 +63,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _vectors: tuple[str, ...] = ()  # kept per parameter
     _memory: dict[str, float] = {}  # numbers kept by the rule, with their first values
+    _seen: tuple[str, ...] = ()  # those of them that are kept of refused steps, too, if finite
     _common: tuple[str, ...] = ()  # options that are one for all groups
     _checks: dict[str, Check] = {}  # of options, where not those of :data:`optim.check.OPTIONS`
     _needs_loss = True
@@ -212,7 +213,7 @@ class Optimizer(torch.optim.Optimizer):
         ok = finite & (decision.step * self._reach(norm2) < LONGEST)
         step = torch.where(ok, decision.step, 0.0)
         for name, value in new.items():  # in place: a captured graph knows only addresses
-            s[name].copy_(torch.where(ok, value, s[name]))
+            s[name].copy_(torch.where(finite if name in self._seen else ok, value, s[name]))
         self._cache.decision, self._cache.finite = decision._replace(step=step), finite
         self._cache.lr = self.param_groups[0]["lr"]
 

@@ -140,7 +140,8 @@ class InexactPolyak(Optimizer):
     (1.5, 2.0)
     """
 
-    _memory = {"lowest": math.inf, "better": 0.0}
+    _memory = {"lowest": math.inf}
+    _seen = ("lowest",)
     _common = ("steps", "lower_bound")
 
     def __init__(
@@ -170,11 +171,11 @@ class InexactPolyak(Optimizer):
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
         decision = rules.capped(gap, math.sqrt(self.param_groups[0]["steps"]) * norm2)
-        better = (gap <= s["lowest"]).to(gap)
-        return decision, {"lowest": torch.minimum(gap, s["lowest"]), "better": better}
+        return decision, {"lowest": torch.minimum(gap, s["lowest"])}
 
     def _weights(self, group: Group, s: Memory, step: Tensor, ok: Tensor) -> Memory:
-        better = torch.where(ok, s["better"], 0.0)
+        assert self._cache.decision is not None and self._cache.finite is not None
+        better = self._cache.finite & (self._cache.decision.numerator == s["lowest"])
         return {**super()._weights(group, s, step, ok), "better": better}
 
     def _move(self, do: Plain, block: Block, w: Memory) -> None:

@@ -92,6 +92,22 @@ def test_a_step_beyond_all_floats():
     assert x.item() == 1 and optimizer.last.active == "overflow"
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_the_best_point_where_the_step_is_refused(foreach):
+    x = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = optim.InexactPolyak([x], steps=4, foreach=foreach)
+    for loss, gradient, best, active in (
+        (5.0, 1.0, 1.0, ""),
+        (1.0, 1e-20, -1.5, "overflow"),
+        (0.5, math.nan, -1.5, "not finite"),
+        (3.0, 1.0, -1.5, ""),
+    ):
+        x.grad = torch.full_like(x, gradient)
+        optimizer.step(loss=loss)
+        assert optimizer.best()[0].item() == best and optimizer.last.active == active
+    assert optimizer.param_groups[0]["memory"] == {"lowest": 1.0} and x.item() == -3.0
+
+
 @pytest.mark.parametrize(
     "max_norm, active", [(1.0, ""), (3.0, ""), (5.0, "cap"), (math.inf, "cap")]
 )

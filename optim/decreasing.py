@@ -23,7 +23,8 @@ class DecSPS(Optimizer):
         c_{k-1} \gamma_{k-1} \}, \quad c_k = c_0 \sqrt{k+1}, \quad c_{-1} \gamma_{-1} = c_0 \gamma_b
 
     Converges to the solution without interpolation, but one small Polyak value binds all later
-    steps. A refused step (zero gradient, loss at or below its bound, NaN) is not remembered.
+    steps. A step of zero (zero gradient, loss at or below its bound) binds none, but k counts it;
+    of NaN nothing is remembered.
 
     Args:
         params: parameters or groups of them.
@@ -71,7 +72,8 @@ class AdaSPS(Optimizer):
     .. math:: \eta_t = \min\{ \frac{[f_t(x_t) - \ell_t]_+}{c \|g_t\|^2}
         \frac{1}{\sqrt{\sum_{s \le t} [f_s(x_s) - \ell_s]_+}}, \; \eta_{t-1} \}
 
-    Adapts between exact and inexact fit without knowing which. A refused step is not remembered.
+    Adapts between exact and inexact fit without knowing which. A step of zero binds none, but its
+    gap is in the sum; of NaN nothing is remembered.
 
     Args:
         params: parameters or groups of them.

@@ -74,7 +74,7 @@ def decsps(
     """(1/c_k) min{ [f - l]_+ / ||g||^2, c_{k-1} step_{k-1} },  c_k = c0 sqrt(k + 1).
 
     ``s["scaled"]`` is c_{k-1} step_{k-1}; before the first step it is inf, which stands for
-    c0 max_lr. A step of zero is not remembered: it would be the last one.
+    c0 max_lr. A step of zero does not bind the next, which would be zero, too; k counts it.
     """
     c = c0 * (s["k"] + 1).sqrt()
     scaled = s["scaled"].clamp(max=c0 * max_lr)
@@ -86,8 +86,8 @@ def decsps(
 def adasps(gap: Tensor, norm2: Tensor, s: Memory, c: float | None) -> tuple[Decision, Memory]:
     """min{ [f - l]_+ / (c ||g||^2 sqrt(sum_s [f_s - l_s]_+)), step_{k-1} }.
 
-    ``c`` None: 1 / sqrt(f_0 - l_0), which makes the first step the Polyak step. A step of zero is
-    not remembered: it would be the last one.
+    ``c`` None: 1 / sqrt(f_0 - l_0), which makes the first step the Polyak step. A step of zero does
+    not bind the next, which would be zero, too; its gap is in the sum.
     """
     total = s["total"] + gap.clamp_min(0)
     first = torch.where(s["first"] > 0, s["first"], total)

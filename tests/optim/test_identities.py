@@ -465,6 +465,23 @@ def test_inexact_polyak():
     assert one.last.step == pytest.approx((f - l) / (g @ g))
 
 
+# A step of zero does not bind the next one, but k, or the sum, has it: g = 0 in the formulas.
+@pytest.mark.parametrize("loss, gradient", [(3.0, 0.0), (-1.0, 1.0), (math.nan, 1.0)])
+def test_steps_of_zero_of_decsps_and_adasps(loss, gradient):
+    seen = [f for f in (4.0, loss, 2.0) if f == f]
+    for make, last in (
+        (optim.DecSPS, min(1.0, 2.0 / 4.0) / math.sqrt(len(seen))),
+        (optim.AdaSPS, 2.0 / 4.0 * math.sqrt(4.0 / sum(max(f, 0.0) for f in seen))),
+    ):
+        x = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = make([x])
+        for f, g in ((4.0, 2.0), (loss, gradient), (2.0, 2.0)):
+            x.grad = torch.full_like(x, g)
+            optimizer.step(loss=f)
+            assert (optimizer.last.step == 0) == (f is loss)
+        assert optimizer.last.step == pytest.approx(last)
+
+
 # 18. DecSPS, AdaSPS and AdaSLS never grow.
 @pytest.mark.parametrize("make", [optim.DecSPS, optim.AdaSPS, optim.AdaSLS])
 def test_monotone(make):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bilevel.layout import Layout
 from bilevel.problem import Draw, Oracle
+from bilevel.randomness import Randomness
 from bilevel.require import shown, takes
 
 OWN = "gradient steps"  # and no solver of the user's
@@ -46,6 +47,8 @@ class OptimizerSolver:
             )
         # as ReduceLROnPlateau does
         self.asks_for_loss = self.scheduler is not None and not takes(self.scheduler.step, 0)
+        # a line search whose closure is to compute the loss and nothing else
+        self.searches = getattr(self.optimizer, "searches", False)
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
         grads = [p.grad for p in self.parameters]  # of a Module, the user's own
@@ -61,19 +64,46 @@ class OptimizerSolver:
         with torch.no_grad():
             for p, value in zip(self.parameters, oracle.y.parts(y), strict=True):
                 p.copy_(value)
+        closure = self._searched if self.searches else self._closure
         for draw in draws:
-            loss = self.optimizer.step(partial(self._closure, oracle, x, draw))
+            loss = self.optimizer.step(closure(oracle, x, draw))
             if self.scheduler is not None:
                 self.scheduler.step(*[loss] if self.asks_for_loss else [])
             self.optimizer.zero_grad()
         return _gather(self.parameters, oracle)
 
-    def _closure(self, oracle: Oracle, x: Tensor, draw: Draw) -> Tensor:
+    def _closure(self, oracle: Oracle, x: Tensor, draw: Draw) -> Callable[[], Tensor]:
         """The loss where the parameters are, which LBFGS asks for as often as it likes."""
-        value, gy = oracle.inner_gradient(x, _gather(self.parameters, oracle), draw)
-        for p, g in zip(self.parameters, oracle.y.parts(gy), strict=True):
+
+        def loss() -> Tensor:
+            value, gy = oracle.inner_gradient(x, _gather(self.parameters, oracle), draw)
+            self._set(oracle.y.parts(gy))
+            return value
+
+        return loss
+
+    def _searched(self, oracle: Oracle, x: Tensor, draw: Draw) -> Callable[[], Tensor]:
+        """The loss as a search asks for it: differentiable first, then without a graph."""
+        randomness = Randomness(oracle.y.device)
+        after: list[Tensor] = []
+
+        def loss() -> Tensor:
+            y = _gather(self.parameters, oracle)
+            if torch.is_grad_enabled():
+                value, gy = oracle.inner_gradient(x, y, draw)
+                after[:] = randomness.state()
+                value = value.clone().requires_grad_()
+                value.register_hook(lambda _: self._set(oracle.y.parts(gy)))
+                return value
+            value = oracle.value("inner", x, y, draw)
+            randomness.restore(after)  # which the search had set back, as the draw itself does
+            return value
+
+        return loss
+
+    def _set(self, gradients: Sequence[Tensor]) -> None:
+        for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g.clone()
-        return value
 
     @property
     def kind(self) -> str:

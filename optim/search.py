@@ -34,6 +34,7 @@ class _LineSearch(Optimizer):
     _common: tuple[str, ...] = ("max_lr", "c", "shrink", "reset")
     _checks = {"c": check.number("(0, 1)")}
     _last: Last | None = None
+    searches = True  # tells :mod:`bilevel.inner_solver` what closure it takes
 
     @property
     def last(self) -> Last | None:

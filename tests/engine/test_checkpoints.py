@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import bilevel
+import optim
 from bilevel import checkpoint
 from tests.tables import METHODS, NESTED, flat, t
 
@@ -189,7 +190,7 @@ def sgd_and_plateau(parameters):
     return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adam, sgd_and_schedule, sgd_and_plateau])
+@pytest.mark.parametrize("make", [torch.optim.Adam, sgd_and_schedule, sgd_and_plateau, optim.SLS])
 def test_the_optimizer_of_the_inner_level_is_resumed(make, tmp_path):
     method = bilevel.bisls("sgd", inner_solver=make)
     whole = go(method)

@@ -11,7 +11,11 @@ import scipy.optimize
 import torch
 
 import bilevel
+import optim
 from bilevel import ConjugateGradient, Implicit, Method, Problem, Unrolled
+from bilevel.inner_solver import run_solver
+from bilevel.layout import Layout
+from bilevel.problem import Draw, make_oracle
 from bilevel.rules import LEAST_C, Adam, Armijo, Steepest
 from tests.engine import oracles
 from tests.tables import (
@@ -431,8 +435,11 @@ def by_hand(case, make, steps, inner_steps, alpha):
         for _ in range(inner_steps):
             optimizer.zero_grad()
             loss = case.inner(x, like_parts(case.y, parts))
-            loss.backward()
-            optimizer.step()
+            if hasattr(optimizer, "searches"):
+                optimizer.step(lambda: case.inner(x, like_parts(case.y, parts)))  # noqa: B023
+            else:
+                loss.backward()
+                optimizer.step()
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(loss.item())
             elif scheduler is not None:
@@ -477,6 +484,9 @@ def plateau(parameters):
         two_groups,
         scheduled,
         plateau,
+        optim.SLS,
+        partial(optim.SLSB, max_lr=0.1),
+        optim.AdaSLS,
     ],
 )
 @pytest.mark.parametrize("case", [RIDGES[0], NESTED], ids=str)
@@ -554,6 +564,27 @@ def test_inner_solver_trains_a_module_in_place():
     assert flat(grads).norm() < 0.3
     assert (y.weight - start.weight).abs().max() > 0.1
     assert result.history[-1].outer_loss < 0.5 * result.history[0].outer_loss
+
+
+def test_inner_solver_that_searches_draws_once():
+    """Its trials see what the first evaluation of their draw saw, the next draw something new."""
+    masks = []
+
+    def inner(x, y):
+        masks.append(torch.rand(3, dtype=torch.float64))
+        return (masks[-1] * (y - x) ** 2).sum() * 50
+
+    x, y = t([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.float64)
+    oracle = make_oracle(Problem(lambda x, y: y.sum(), inner), Layout(x, "x"), Layout(y, "y"))
+    torch.manual_seed(0)
+    run_solver(optim.SLS, oracle, x, y, [Draw() for _ in range(3)], None)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    drawn = [torch.rand(3, dtype=torch.float64) for _ in range(3)]
+    assert torch.equal(after, torch.get_rng_state())
+    found = [[torch.equal(m, d) for d in drawn].index(True) for m in masks]
+    assert found == sorted(found) and set(found) == {0, 1, 2}
+    assert oracle.cost.gradients == 3 and oracle.cost.loss_evaluations == len(masks) - 3 > 3
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -120,14 +120,14 @@ class Fit:
         self._mode("train")
         while done < self.steps:
             if done == 0:
-                rows.append(self.row(0, []))
+                rows.append(self.row(0, [], self.validated()))
             losses.append(self.step(done, batches))
             done += 1
             if not math.isfinite(losses[-1]):
-                rows += [{**self.row(t, []), "validation loss": math.inf} for t in (self.steps,)]
+                rows.append(self.row(self.steps, [], math.inf))
                 break
             if done in ticks:
-                rows.append(self.row(done, losses))
+                rows.append(self.row(done, losses, self.validated()))
                 losses = []
             if self.checkpoint is not None and done % self.every == 0 and done < self.steps:
                 self.save(done, rows, losses)
@@ -163,19 +163,23 @@ class Fit:
     def loss(self, batch: Batch) -> Tensor:
         return forward_loss(self.model, batch, self.autocast)
 
-    def row(self, done: int, losses: list[float]) -> dict[str, Any]:
-        """The mean training loss since the last row, the validation loss, the size of a step."""
+    def validated(self) -> float:
+        """The mean validation loss."""
         self.model.eval()
         self._mode("eval")
         with torch.no_grad():
             values = [self.loss(batch).item() for batch in self.validation]
         self._mode("train")
         self.model.train()
+        return sum(values) / len(values)
+
+    def row(self, done: int, losses: list[float], validation: float) -> dict[str, Any]:
+        """The mean training loss since the last row, the validation loss, the size of a step."""
         last = self.optimizer.last if self.method.ours else None
         return {
             "step": done,
             "training loss": sum(losses) / len(losses) if losses else None,
-            "validation loss": sum(values) / len(values),
+            "validation loss": validation,
             "step size": last.step if last else self.optimizer.param_groups[0].get("lr"),
         }
 

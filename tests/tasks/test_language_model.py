@@ -240,8 +240,16 @@ def test_schedules():
 
 def test_a_diverged_run_ends_as_infinite(tmp_path):
     fit = a_fit("clipped SGD", tmp_path)
-    fit.loss = lambda batch: torch.tensor(math.nan, requires_grad=True)
+    seen = []
+
+    def loss(batch):
+        seen.append(torch.is_grad_enabled())
+        return torch.tensor(math.nan, requires_grad=True)
+
+    fit.loss = loss
     assert fit()["rows"][-1]["validation loss"] == math.inf
+    # and is not validated once more
+    assert seen == [False] * len(fit.validation) + [True] * fit.accumulate
 
 
 # -- the task ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import statistics
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from benchmarks.problems import CASES, INNER, STEPS, quadratic
 from benchmarks.report import write
 from bilevel.rules import Line, Move, Polyak
 from tasks.cells import spread
-from tasks.figures import heat_maps
 
 CASE = "distillation, batch 256"
 OUTER, INNER_STEPS = decades(-5, 1), decades(-4, 2)
@@ -104,6 +104,56 @@ def best_value(seed: int) -> float:
         dtype=torch.float64,
     )
     return F(-torch.linalg.solve(hessian, gradient.double()))
+
+
+def heat_maps(
+    path: Path,
+    maps: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    y_label: str,
+    x_label: str,
+    value_label: str,
+) -> None:
+    """Draw tables of numbers side by side on one common logarithmic scale, dark is large.
+
+    Args:
+        path: of the PNG file.
+        maps: by title: row values, column values, and the numbers row by row; those that are not
+            finite are drawn as the darkest, with a cross.
+        y_label, x_label: what rows and columns are.
+        value_label: what the numbers are.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    finite = [v for _, _, values in maps.values() for v in values if math.isfinite(v)]
+    # what is far above the best is bad enough: a scale up to it has no shades for the rest
+    top = min(max(finite), 20 * min(finite))
+    scale = LogNorm(min(finite), top)
+    size = (4.6 * len(maps) + 0.8, 4.2)
+    figure, axis = plt.subplots(1, len(maps), squeeze=False, figsize=size, layout="constrained")
+    grid = axis[0]
+    for axes, (title, (rows, columns, values)) in zip(grid, maps.items(), strict=True):
+        table = [list(values[i : i + len(columns)]) for i in range(0, len(values), len(columns))]
+        shown = axes.imshow(
+            [[v if math.isfinite(v) else top for v in row] for row in table],
+            norm=scale, cmap="Greys", origin="lower", aspect="auto",
+        )  # fmt: skip
+        for i, row in enumerate(table):
+            for j, v in enumerate(row):
+                text = f"{v:.2g}" if v < 1000 else "x"
+                axes.text(
+                    j, i, text, ha="center", va="center", fontsize=7,
+                    color="white" if not v < (min(finite) * top) ** 0.5 else "black",
+                )  # fmt: skip
+        axes.set_xticks(range(len(columns)), [f"{v:g}" for v in columns])
+        axes.set_yticks(range(len(rows)), [f"{v:g}" for v in rows])
+        axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    figure.colorbar(shown, ax=list(grid), label=value_label)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def steps(pool: Any, seeds: int, figure: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,49 +160,6 @@ def image_grid(
     figure.colorbar(shown, ax=list(grid), shrink=0.9, label="brightness")
     if title:
         figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
-
-
-def heat_maps(
-    path: str | Path,
-    maps: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
-    y_label: str,
-    x_label: str,
-    value_label: str,
-) -> Path:
-    """Draw tables of numbers side by side on one common logarithmic scale, dark is large.
-
-    Args:
-        path: of the PNG file.
-        maps: by title: row values, column values, and the numbers row by row; those that are not
-            finite are drawn as the darkest, with a cross.
-        y_label, x_label: what rows and columns are.
-        value_label: what the numbers are.
-    """
-    colours = require("matplotlib.colors", "drawing figures")
-    finite = [v for _, _, values in maps.values() for v in values if math.isfinite(v)]
-    # what is far above the best is bad enough: a scale up to it has no shades for the rest
-    top = min(max(finite), 20 * min(finite))
-    scale = colours.LogNorm(min(finite), top)
-    figure = _figure((4.6 * len(maps) + 0.8, 4.2))
-    grid = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, (title, (rows, columns, values)) in zip(grid, maps.items(), strict=True):
-        table = [list(values[i : i + len(columns)]) for i in range(0, len(values), len(columns))]
-        shown = axes.imshow(
-            [[v if math.isfinite(v) else top for v in row] for row in table],
-            norm=scale, cmap="Greys", origin="lower", aspect="auto",
-        )  # fmt: skip
-        for i, row in enumerate(table):
-            for j, v in enumerate(row):
-                text = f"{v:.2g}" if v < 1000 else "x"
-                axes.text(
-                    j, i, text, ha="center", va="center", fontsize=7,
-                    color="white" if not v < (min(finite) * top) ** 0.5 else "black",
-                )  # fmt: skip
-        axes.set_xticks(range(len(columns)), [f"{v:g}" for v in columns])
-        axes.set_yticks(range(len(rows)), [f"{v:g}" for v in rows])
-        axes.set(xlabel=x_label, ylabel=y_label, title=title)
-    figure.colorbar(shown, ax=list(grid), label=value_label)
     return _save(figure, path)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from bilevel.steps import envelope, polyak, schedule
+from bilevel.steps import polyak, schedule
 
 Memory = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ def capped(
 ) -> Decision:
     """min{ [N]_+ / max{||g||^2, floor}, cap },  0 at a zero gradient."""
     denominator = torch.clamp(norm2, min=floor)
-    step = envelope(polyak(gap, denominator), 0.0, cap)
+    step = polyak(gap, denominator).clamp(max=cap)
     step = torch.where(norm2 > 0, step, torch.zeros_like(step))
     return Decision(step, gap, denominator, norm2, cap)
 
@@ -57,7 +57,7 @@ def safeguarded(
     cap: float = math.inf,
 ) -> tuple[Decision, Memory]:
     """min{ [N]_+ / max{||g||^2, M}, cap }: M None for the oracle, a number, or "ema"."""
-    if safeguard is None or not isinstance(safeguard, str):
+    if not isinstance(safeguard, str):
         return capped(gap, norm2, cap, safeguard or 0.0), {}
     m = moving_average(s["m"], norm2, rho)
     return capped(gap, norm2, cap, m), {"m": m}

@@ -305,9 +305,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state of another kind of optimizer, or of other groups.
         """
-        groups, saved = _current(state_dict)
+        groups, saved = state_dict["param_groups"], state_dict["state"]
         self._check_saved(groups)
-        super().load_state_dict({**state_dict, "state": saved, "param_groups": groups})
+        super().load_state_dict(state_dict)
         for name, value in self.param_groups[0].get("memory", {}).items():
             home = self.param_groups[0]["params"][0].device
             self.param_groups[0]["memory"][name] = value.to(home)
@@ -367,18 +367,6 @@ class Optimizer(torch.optim.Optimizer):
             )
             self._cache.active = ids, fast
         return cohorts
-
-
-def _current(state_dict: dict[str, Any]) -> tuple[list[Group], dict[Any, Any]]:
-    """Groups and state, also of versions that kept the cap as "max_lr", the memory as "rule"."""
-    groups, saved = [dict(group) for group in state_dict["param_groups"]], state_dict["state"]
-    for group in groups:
-        if "max_lr" in group:
-            group.setdefault("cap", group["max_lr"])
-    if "rule" in saved and all("rule" not in group["params"] for group in groups):
-        saved = dict(saved)
-        groups[0]["memory"] = saved.pop("rule")
-    return groups, saved
 
 
 def _total(parts: tuple[Tensor, ...], home: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ HALVINGS = 10  # of a first step at most
 NEAR = 0.25  # share by which g may be off where y is near y*, of which nothing else need tell
 LOST = 3  # iterations in a row that go wrong, of which x stays in the last
 FLATTERED = 2  # times what a step gains, by which f is too low where y lags
+SOLVED = 0.2  # residual of the system of q, up to which its <q, g_y> is to be trusted so far
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*
 
 
@@ -49,13 +50,15 @@ def is_behind(here: Any, there: Any, gain: Any) -> Any:
     return (lag > gain) & (lag > 2 * spread)
 
 
-def is_flattered(here: Any, there: Any, gain: Any) -> Any:
-    """Whether f is lower than it would be at y*, by more than steps gain: as in :func:`is_behind`.
+def is_flattered(here: Any, there: Any, gain: Any, residual: Any) -> Any:
+    """Whether f is lower than it would be at y*, by more than steps gain: as in :func:`is_behind`,
+    of a system with that residual.
 
     Where that is so again and again, and no correction brings y near, f falls since y stays behind,
     and F rises.
     """
-    return is_behind(here, there, FLATTERED * gain) & (here + there < 0)
+    solved = residual <= SOLVED
+    return is_behind(here, there, FLATTERED * gain) & (here + there < 0) & solved
 
 
 def arrived(

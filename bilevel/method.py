@@ -148,10 +148,9 @@ class Method:
     def heeded(self, d: Tensor, h: Estimate) -> Tensor:
         """d, or 0 where Polyak steps, which try nothing and have a floor, would go as far along an
         h that points anywhere: where conjugate gradients end farther from solving than zero is."""
-        solves = is_conjugate(getattr(self.hypergradient, "solver", None))  # type: ignore[arg-type]
-        if not (solves and isinstance(self.outer_rule, Polyak)) or h.residual is None:
-            return d
-        return torch.where(h.residual > 1, 0.0, d)
+        solver: Any = getattr(self.hypergradient, "solver", None)
+        heeds = isinstance(self.outer_rule, Polyak) and is_conjugate(solver)
+        return torch.where(h.residual > 1, 0.0, d) if heeds and h.residual is not None else d
 
     def may_wait(self, state: State) -> bool:
         """Whether x has not moved yet, and may stay for another iteration."""
@@ -386,7 +385,7 @@ class Method:
         """Iterations in a row, with this one, in which f was too low for a y that lags."""
         follows = self.corrects and not self.fresh and state.outer_last is not None
         gain = float(move.size) * abs(n.slope)
-        if not (follows and has_solution(h) and is_flattered(n.here, n.there, gain)):
+        if not (follows and has_solution(h) and is_flattered(n.here, n.there, gain, n.residual)):
             return 0
         return state.learned.flattered + 1
 

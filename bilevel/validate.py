@@ -17,6 +17,7 @@ from bilevel.require import is_told, shown
 
 T = TypeVar("T")
 
+SMALL = 0.01  # size of a loss below which differences are rounding as of this one
 OTHER = 0.02  # share by which a loss may change otherwise than its gradient says
 EXACT = 1e-6  # precision, or better, in which that can be told
 APART = 8  # times as far from x and y as the difference is long: off the kinks of zeros
@@ -108,7 +109,7 @@ def _compare_values(
         values = [oracle.value(level, x, y, draw)]
         if level == "inner":
             values.append(oracle.inner_gradient(x, y, draw)[0])
-        most = torch.finfo(known.dtype).eps ** 0.5 * known.abs()
+        most = torch.finfo(known.dtype).eps ** 0.5 * known.abs().clamp_min(SMALL)
         return any(bool((value - known).abs() > most) for value in values)
 
     if differ():  # it may ask what requires gradients; then it is to be asked so every time

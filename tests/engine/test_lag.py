@@ -412,16 +412,17 @@ def test_the_user_is_told_that_x_stayed():
 def test_f_is_flattered_where_it_is_lower_than_at_the_solution():
     """By more than twice the gain, on two batches whose mean tells more than they differ by."""
     assert FLATTERED == 2
-    for here, there, gain, flattered in (
-        (-0.5, -0.5, 0.2, True),
-        (0.5, 0.5, 0.2, False),  # f is too high: nothing to gain by y staying behind
-        (-0.5, -0.5, 0.3, False),  # a step gains as much
-        (-0.9, -0.1, 0.1, False),  # they differ by more
-        (-0.7, -0.3, 0.1, True),
-        (math.nan, math.nan, 0.1, False),
+    for here, there, gain, residual, flattered in (
+        (-0.5, -0.5, 0.2, 0.1, True),
+        (-0.5, -0.5, 0.2, 0.3, False),  # q, by which that is told, solves too little
+        (0.5, 0.5, 0.2, 0.1, False),  # f is too high: nothing to gain by y staying behind
+        (-0.5, -0.5, 0.3, 0.1, False),  # a step gains as much
+        (-0.9, -0.1, 0.1, 0.1, False),  # they differ by more
+        (-0.7, -0.3, 0.1, 0.1, True),
+        (math.nan, math.nan, 0.1, 0.1, False),
     ):
-        assert is_flattered(here, there, gain) is flattered
-        assert bool(is_flattered(t(here), t(there), t(gain))) is flattered
+        assert is_flattered(here, there, gain, residual) is flattered
+        assert bool(is_flattered(*map(t, (here, there, gain, residual)))) is flattered
 
 
 def test_x_stays_where_f_is_flattered_again_and_again(monkeypatch):

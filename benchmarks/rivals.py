@@ -185,9 +185,9 @@ def stocbio(
         outer = data.outer()
         y = _descend(oracle, [data.inner() for _ in range(s.inner_steps)], x, y, s.inner_step)
         _, fx, fy = oracle.outer_gradients(x, y, outer)
-        # the last batch is that of the cross term
+        # the last batch is that of the cross term, the series' own number 0
         draws = [data.inner() for _ in range(terms + 1)]
-        q = series(lambda u, j=0, x=x, y=y, d=draws: oracle.record(x, y, d[j]).product(u), fy)
+        q = series(lambda u, j, x=x, y=y, d=draws: oracle.record(x, y, d[j - 1]).product(u), fy)
         x = x - s.outer_step * (fx - oracle.record(x, y, draws[-1]).both(q)[0])
         yield x, y
 

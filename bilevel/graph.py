@@ -214,7 +214,8 @@ class Iterations:
         if self.method.corrects and not self.method.fresh:
             assert here is not None and there is not None
             lag = here.double(), there.double(), alpha * step.slope.double().abs()
-            behind, flattered = is_behind(*lag), is_flattered(*lag, h.residual)
+            behind = is_behind(*lag)
+            flattered = flattered if self.still else is_flattered(*lag, h.residual)
             judge = self._draw(1, stored, i * self.counts[0])
             new_y, products, looks, concave_new = _corrected(
                 oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver

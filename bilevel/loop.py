@@ -255,18 +255,17 @@ def solve(
     finally:
         bar.close()
     saver.write()
-    _tell(history, inner_steps)
+    _tell_stay(history)
     return Result(state.x, state.y, reason, history, state)
 
 
-def _tell(history: list[Record], inner_steps: int) -> None:
-    """Warn where x or y stayed in most of the iterations: see :func:`bilevel.lag.is_lost` and
+def _tell_stay(history: list[Record]) -> None:
+    """Warn where x stayed in most of the iterations: see :func:`bilevel.lag.is_lost` and
     :func:`bilevel.lag.is_flattered`."""
     still = [r for r in history if not (r.outer_step or r.failure)]
     unsolved = [r for r in still if not r.outer_trials and (r.residual or 0) > 1]
     later = [r for r in history if r.k >= PATIENCE]  # before, x waits for a y that comes from far
     flattered = [r for r in still if r.outer_trials and r.k >= PATIENCE]
-    failed = sum(r.inner_failures for r in history)
     for most, text in (
         (
             2 * len(unsolved) > len(history),
@@ -282,13 +281,6 @@ def _tell(history: list[Record], inner_steps: int) -> None:
             f"was so far from y*(x) that f fell and F rose: keep x from where gradient steps of g "
             f"hardly move y (project=..., bounded penalties), take more inner_steps, or give an "
             f"inner_solver that gets there.",
-        ),
-        (
-            2 * failed > inner_steps * len(history) > 0,
-            f"{failed} of {inner_steps * len(history)} inner searches found no acceptable step, "
-            f"and y stayed where it was: g is on a scale that its steps or its precision do not "
-            f"reach (divide it by a number, or use float64), or is not the function whose gradient "
-            f"it gives.",
         ),
     ):
         if most:

@@ -272,7 +272,7 @@ class Method:
         agreement, average = state.agreement, state.average
         if n.alpha > 0:
             agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, batches.many)
-        flattered = self._flattered(state, h, n, move)
+        flattered = 0 if still else self._flattered(state, h, n, move)
         # a failed search leaves a good point to go on from; numbers that are not finite do not
         if n.sound:
             searched = move  # by the search alone
@@ -382,7 +382,8 @@ class Method:
         return move, point
 
     def _flattered(self, state: State, h: Estimate, n: Numbers, move: Move) -> int:
-        """Iterations in a row, with this one, in which f was too low for a y that lags."""
+        """Iterations in a row, with this one, in which f was too low for a y that lags, as noise
+        may keep it, against which corrections do little."""
         follows = self.corrects and not self.fresh and state.outer_last is not None
         gain = float(move.size) * abs(n.slope)
         if not (follows and has_solution(h) and is_flattered(n.here, n.there, gain, n.residual)):

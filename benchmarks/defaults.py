@@ -151,7 +151,7 @@ def variants() -> dict[str, Method]:
         "beta1 = 0.9": adam(beta1=0.9),
         "eps = 1e-8": adam(eps=1e-8),
         "not normalised": adam(normalised=False, eps=1e-8),
-        "plain Adam, beta1 = 0.9": replace(default, direction=Adam()),
+        "plain Adam, beta1 = 0.9": replace(default, direction=Adam(descends=True)),
     }
 
 

@@ -67,7 +67,7 @@ def hypergradient(
         outer_batch, inner_batch: batches for the two losses; None: the loss takes none.
         method: :class:`Implicit`, :class:`Unrolled` or :class:`FiniteDifference`.
         inner_batches: independent batches, for ``Implicit(average=...)`` and for the factors of
-            :class:`StochasticNeumann`.
+            :class:`StochasticNeumann`; no more than the method uses.
 
     On several ranks (see :func:`bilevel.solve`) all must call it, each with its own shards.
 
@@ -101,6 +101,13 @@ def hypergradient(
         if inner_batch is not None:
             raise ValueError(
                 "inner_batch was given together with inner_batches, which replaces it; give one."
+            )
+        wanted = method.batches
+        if wanted != "auto" and len(inner_batches) > wanted:
+            raise ValueError(
+                f"inner_batches has {len(inner_batches)} batches, of which {method!r} uses "
+                f"{wanted}: for the mean of all give bilevel.Implicit(..., average='auto'), or "
+                f"leave the others out."
             )
     layouts = Layout(x, "x"), Layout(y, "y")
     oracle = make_oracle(Problem(outer, inner), *layouts)

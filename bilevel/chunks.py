@@ -53,7 +53,6 @@ class Chunks:
     Args:
         problem: the plain one.
         source: of the batches, with ``next``, ``state_dict`` and ``load_state_dict``.
-        fresh: whether y starts at that of ``state`` in every iteration.
         tol, most_failures: what ends a run, see :func:`bilevel.solve`.
         singly: one iteration to a call, for someone who looks in between.
     """
@@ -65,7 +64,6 @@ class Chunks:
         state: State,
         source: Any,
         *,
-        fresh: bool,
         tol: float | None,
         most_failures: int,
         singly: bool,
@@ -73,7 +71,7 @@ class Chunks:
         self.method, self.source = method, source
         self.problem, self.compiled = problem, replace(problem, compile=True)
         self.compiled.habit.random = problem.habit.random  # what one has seen, both know
-        self.fresh, self.start = fresh, state.vectors[1]
+        self.start = state.vectors[1]
         ends = (-1.0 if tol is None else tol, most_failures)
         self.ends = [torch.tensor(end, dtype=torch.float64) for end in ends]
         self.most = 1 if singly else SLOTS
@@ -116,7 +114,8 @@ class Chunks:
 
     def _count(self, state: State, limit: int) -> int:
         """How many iterations from here on can be in the graph."""
-        if not self.usable or state.k == 0 or state.q is None or self.method.may_begin(state):
+        early = state.k == 0 or state.q is None
+        if not self.usable or early or self.method.may_begin(state) or self.method.may_wait(state):
             return 0
         rules = (
             (self.method.outer_rule, state.outer_last),
@@ -200,7 +199,6 @@ class Chunks:
             len(batches[1]),
             state.moments.m is not None,
             state.average is not None,
-            self.fresh,
             joined.loop,
             joined.watched,
             self.method.is_alone(batches[0], batches[3]),

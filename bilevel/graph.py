@@ -68,7 +68,7 @@ class Iterations:
         skeletons: of one outer, inner and Hessian batch: a tree of None each, or None.
         counts: of inner and Hessian batches in one iteration.
         slots: iterations in one call at most.   steps: inner steps in each.
-        moments, averaged: whether the state has them.   fresh: y starts at ``start`` in each.
+        moments, averaged: whether the state has them.
         joins: whether the outer and the Hessian batches are averaged, as many as the call says;
             watches: whether one more judges them.   alone: whether f has no other batch.
         matrix: whether g_yy is one, being small.
@@ -82,7 +82,6 @@ class Iterations:
     steps: int
     moments: bool
     averaged: bool
-    fresh: bool
     joins: tuple[bool, bool]
     watches: tuple[bool, bool]
     alone: bool
@@ -170,7 +169,7 @@ class Iterations:
         hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
-        inner = self._inner(oracle, i, stored, (x, start if self.fresh else before), k, inner_last)
+        inner = self._inner(oracle, i, stored, (x, start if self.method.fresh else before), k, inner_last)
         y = inner.y
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle

@@ -315,7 +315,7 @@ class FiniteDifference(Implicit):
 
 
 class _Differences:
-    """The products of :class:`Pullback` by central differences of g_x and g_y."""
+    """:class:`bilevel.problem.Products` by central differences of g_x and g_y."""
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw, eps: float) -> None:
         self._oracle, self._x, self._y, self._draw, self._eps = oracle, x, y, draw, eps

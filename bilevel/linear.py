@@ -167,15 +167,14 @@ def _norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
 
 
-def _visible(number: Tensor) -> bool:
-    """Whether the host can see it: not under compile and vmap."""
+def _seen(number: Tensor) -> float | None:
+    """It, as the host sees it: None under compile and vmap."""
     if torch.compiler.is_compiling():
-        return False
+        return None
     try:
-        number.item()
+        return float(number)
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
 @dataclass(frozen=True)
@@ -328,10 +327,13 @@ class ConjugateGradient:
         """
         if learned.concave <= CONCAVE:
             q, found = self._steps(product, b, q0, learned)
-            if isinstance(found, Tensor) and (found.requires_grad or not _visible(found)):
-                return q, found
+            if isinstance(found, Tensor):
+                number = None if found.requires_grad else _seen(found)
+                if number is None:
+                    return q, found
+                found = number
             if found <= CONCAVE:
-                return q, float(found)
+                return q, found
         return self._absolute(product, b, learned)
 
     def enough(self, halvings: Any) -> Any:
@@ -342,14 +344,16 @@ class ConjugateGradient:
         self, product: Product, b: Tensor, q0: Tensor | None, learned: Learned
     ) -> tuple[Tensor, Concave]:
         enough, state = self.begin(product, b, q0, self.enough(learned.halvings))
-        if b.device.type == "cpu" and not enough.requires_grad and _visible(enough):
-            found = self._on_host(product, float(enough), state)
+        on_host = b.device.type == "cpu" and not enough.requires_grad
+        number = _seen(enough) if on_host else None
+        if number is not None:
+            found = self._on_host(product, number, state)
             if found is not None:
                 q, top, low = found
                 return q, -low / top if top > 0 else 0.0
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
-            if i % 5 == 4 and _visible(state[4]) and not state[4]:
+            if i % 5 == 4 and _seen(state[4]) == 0:
                 break
             state = self.advance(product, enough, state)
         return state[0], seen(0.0, *state[5:])

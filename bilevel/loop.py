@@ -145,6 +145,7 @@ def solve(
         raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
     require.flag("", "compile", compile)
     problem = Problem(outer, inner, project)
+    warm_start = warm_start and not method.fresh
     if not warm_start:
         # where every pair of batches has a y of its own, the mean of several is nobody's
         method = replace(method, fresh=True, averages=method.averages and data is None)
@@ -177,7 +178,6 @@ def solve(
             problem,
             replace(state, vectors=(state.vectors[0], start)),
             source,
-            fresh=not warm_start,
             tol=tol,
             most_failures=MAX_FAILURES,
             singly=callback is not None,

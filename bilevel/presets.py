@@ -30,7 +30,7 @@ RETAIN = 0.25
 
 # Little momentum, more as steps shrink, and a bounded preconditioner: a searched step needs a
 # direction of descent
-SEARCHED_ADAM = Adam(beta1="auto", beta2=0.999, eps=1e-2, normalised=True)
+SEARCHED_ADAM = Adam(beta1="auto", beta2=0.999, eps=1e-2, normalised=True, descends=True)
 
 
 def bisls(
@@ -175,7 +175,8 @@ def fixed(
     """Hand-tuned steps at both levels: the baseline.
 
     Args:
-        direction: 'adam' (momentum 0.9) or 'sgd' at the outer level; the inner one is -g_y.
+        direction: 'adam' (as published, momentum 0.9) or 'sgd' at the outer level; the inner one
+            is -g_y.
         outer_step, inner_step: > 0.
         decay: steps fall like (k + 1)^-decay; 0 is constant, 0.5 the usual schedule.
         hypergradient, inner_solver: as for :func:`bisls`.

@@ -324,6 +324,8 @@ class Oracle:
         each = [
             (*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in draw.draws
         ]
+        if len(each) == 1:
+            return each[0]
         value, gy, there = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))
         return value, gy, there
 

@@ -230,8 +230,7 @@ class Steepest:
 class Adam:
     """d = -A^{-1} m with A = diag(sqrt(v) + eps), both averages corrected for their start.
 
-    The averages are updated once per iteration, before the search. Where d does not descend it
-    is replaced by -A^{-1} g, so that what is tested is what is applied.
+    The averages are updated once per iteration, before the search.
 
     Args:
         beta1, beta2: of the moving averages of the gradient and of its square, in [0, 1). beta1 =
@@ -240,6 +239,7 @@ class Adam:
         eps: added to sqrt(v): as it is, or, if ``normalised``, times the largest entry of sqrt(v).
         normalised: average g / ||g||. A search finds the length of the step by itself; a few
             large early gradients would otherwise rule the averages for hundreds of iterations.
+        descends: where d does not descend, -A^{-1} g takes its place, which a search asks for.
 
     Reference: Kingma & Ba 2015; Vaswani et al. 2020 for Armijo in the norm of A^{-1}.
     """
@@ -248,6 +248,7 @@ class Adam:
     beta2: float = 0.999
     eps: float = 1e-8
     normalised: bool = False
+    descends: bool = False
 
     def __call__(self, g: Tensor, moments: Moments, share: Any = 1.0) -> tuple[Tensor, Moments]:
         """The direction, and the averages with g in them.
@@ -269,5 +270,6 @@ class Adam:
         A = root + (self.eps * root.max() if self.normalised else self.eps)
         A = A.clamp_min(torch.finfo(g.dtype).tiny)
         d = -(m / w) / A
-        d = torch.where(torch.dot(g, d) < 0, d, -g / A)
+        if self.descends:
+            d = torch.where(torch.dot(g, d) < 0, d, -g / A)
         return d, Moments(m, v, n, w)

@@ -136,6 +136,26 @@ def test_iterations_in_the_graph_equal_plain_ones(name, taken):
     assert_alike(fast, solve(method, False, steps=steps, **options), **apart)
 
 
+def test_where_x_waits_iterations_are_plain(taken):
+    """Whatever trials are judged on: y comes from far, and f says nothing of F on its way."""
+    scales = torch.logspace(0, -3, 8, dtype=torch.float64)
+    start = torch.zeros(8, dtype=torch.float64)
+
+    def solve(compile):
+        return bilevel.solve(
+            lambda x, y: ((y - 1) ** 2).sum() / 2 + 0.05 * ((x - 3) ** 2).sum(),
+            lambda x, y: (scales * (y - x) ** 2).sum() / 2,
+            *(start, start + 5),
+            **{"method": bilevel.bisls("sgd", response="frozen"), "compile": compile},
+            **{"steps": 7, "inner_steps": 2},
+        )
+
+    fast, plain = solve(True), solve(False)
+    assert [record.outer_step for record in plain.history][:3] == [0, 0, 0]
+    assert sum(taken) == 3  # of seven: the others wait, or are the first to move
+    assert_alike(fast, plain)
+
+
 def test_a_run_ends_where_the_plain_one_does(taken, tmp_path):
     """By tol within a call: neither iterations nor batches beyond it."""
     norms = [record.hypergrad_norm for record in solve(SOBA, False, inner_steps=1).history]

@@ -115,13 +115,14 @@ def solved(method, hypergradient, rank, size, folder):
 
 
 def alone(hypergradient, rank, size, folder):
+    method = HYPERGRADIENTS[hypergradient]
     h = bilevel.hypergradient(
         outer,
         inner,
         *start(),
         shards(rank, size, 10, 1)[0],
-        method=HYPERGRADIENTS[hypergradient],
-        inner_batches=shards(rank, size, 50, 4),
+        method=method,
+        inner_batches=shards(rank, size, 50, method.batches),
     )
     # the generator of a loose call is the caller's own; see `seeded` in the workers
     return {"x": h.grad, "y": h.value, "reason": "", "records": [vars(h) | {"grad": 0, "value": 0,

@@ -198,6 +198,22 @@ def test_pairs():
     assert order == [{0}, {1}, {2}, {0}, {1}]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_method_with_a_fresh_y_is_one_without_a_warm_start(compile):
+    def solve(method, **options):
+        return bilevel.solve(
+            lambda x, y: ((y - 1) ** 2).sum() + 0.1 * (x**2).sum(),
+            lambda x, y: ((y - x) ** 2).sum() + (y**4).sum(),
+            *(t([1.0, -2.0]), t([3.0, 0.5])),
+            **{"method": method, "steps": 6, "inner_steps": 2, "compile": compile, **options},
+        )
+
+    method = bilevel.fixed("sgd", 0.1, 0.05)
+    fresh = solve(replace(method, fresh=True))
+    assert torch.equal(fresh.x, solve(method, warm_start=False).x)
+    assert not torch.allclose(fresh.x, solve(method).x, rtol=1e-3)
+
+
 def test_fresh_iterator_per_pass():
     """Data is iterated anew in each pass, so a shuffling loader shuffles again."""
     passes = []

@@ -401,21 +401,22 @@ def test_where_phi_extrapolates_no_trial_is_far():
 def test_adam_is_that_of_torch():
     rng = torch.Generator().manual_seed(0)
     x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([x], lr=1.0, betas=(0.8, 0.95), eps=1e-3)
-    moments, ours = Moments(), torch.zeros(6, dtype=torch.float64)
-    for _ in range(20):
-        # one sign: momentum then always descends, and no fallback is taken
-        g = torch.rand(6, generator=rng, dtype=torch.float64) + 0.1
-        d, moments = Adam(0.8, 0.95, 1e-3)(g, moments)
+    optimizer = torch.optim.Adam([x], lr=1.0, betas=(0.9, 0.95), eps=1e-3)
+    moments, ours, ascends = Moments(), torch.zeros(6, dtype=torch.float64), 0
+    for _ in range(200):
+        g = torch.randn(6, generator=rng, dtype=torch.float64)
+        ascends += bool(torch.dot(g, Adam(0.9, 0.95, 1e-3)(g, moments)[0]) > 0)
+        d, moments = Adam(0.9, 0.95, 1e-3)(g, moments)
         ours = ours + d
         x.grad = g.clone()
         optimizer.step()
         assert torch.allclose(ours, x.detach(), rtol=1e-12)
+    assert ascends  # where a search would have another direction
 
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_adam_falls_back_where_momentum_ascends(normalised):
-    adam = Adam(0.9, 0.999, 1e-3, normalised)
+    adam = Adam(0.9, 0.999, 1e-3, normalised, descends=True)
     g = t([1.0, -2.0])
     moments = Moments()
     for _ in range(4):

@@ -7,6 +7,8 @@ import os
 import secrets
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from numbers import Number
@@ -35,24 +37,31 @@ if TYPE_CHECKING:
 VERSION = 7
 
 
-def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
-    """Write ``content`` (tensors, numbers, strings, lists, dicts) to a temporary file beside
-    ``path``, flush it to the disk, and rename: a reader sees the old file or the new one.
+@contextmanager
+def replacing(path: Path, keep: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of ``path`` where the block ends well.
 
-    ``keep``: an old file becomes ``<path>.old``.
+    It lies beside ``path``, is flushed to the disk and then renamed: a reader sees the old file or
+    the new one, whole, and a failure leaves the old one alone. A missing folder is made.
+
+    Args:
+        path: of the file to replace, if there is one.
+        keep: whether the old file becomes ``<path>.old``.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
     """
-    path = Path(path)
-    file, name = _temporary(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = _scratch(path)
+    file = open(name, "xb")  # one of tempfile's would have the rights of the user alone
     try:
         with file:
-            torch.save({"version": VERSION, **content}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
             _keep(path)
         os.replace(name, path)
-    except (OSError, RuntimeError) as error:  # torch's own, where a write falls short
-        raise _unwritten(path, error, "make room for it") from error
     finally:
         name.unlink(missing_ok=True)
 
@@ -70,27 +79,29 @@ def _keep(path: Path) -> None:
         name.unlink(missing_ok=True)
 
 
-def _unwritten(path: Path, error: Exception, instead: str) -> OSError:
-    return OSError(
-        f"cannot write a checkpoint to {path}: {error}; {instead}. What was there before is still "
-        f"there"
-    )
-
-
 def _scratch(path: Path) -> Path:
     """A name beside ``path`` that no file has."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _temporary(path: Path) -> tuple[BinaryIO, Path]:
-    """A new file beside ``path``, open, and its name. Those of tempfile are for the user alone,
-    but a checkpoint is to have the rights of any other file."""
-    name = _scratch(path)
+def save(path: str | os.PathLike[str], content: dict[str, Any], keep: bool = False) -> None:
+    """Write ``content`` (tensors, numbers, strings, lists, dicts) by :func:`replacing`.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(name, "xb"), name
-    except OSError as error:
-        raise _unwritten(path, error, "choose a folder that can be written") from error
+        with replacing(Path(path), keep) as file:
+            torch.save({"version": VERSION, **content}, file)
+    except (OSError, RuntimeError) as error:  # torch's own, where a write falls short
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: str | os.PathLike[str], error: Exception) -> OSError:
+    return OSError(
+        f"cannot write a checkpoint to {path}: {error}; make room for it, or choose a folder that "
+        f"can be written. What was there before is still there"
+    )
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -155,11 +166,14 @@ class Saver:
         def attempt() -> None:
             if self.path is not None:
                 path = Path(self.path)
-                file, name = _temporary(path)
-                file.close()
-                name.unlink()
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    _scratch(path).touch(exist_ok=False)
+                except OSError as error:
+                    raise _unwritten(path, error) from error
+                # that one, and those of runs that were killed while they wrote
                 for left in path.parent.glob(f"{glob.escape(path.name)}.{'?' * 8}.tmp"):
-                    left.unlink(missing_ok=True)  # of a run that was killed while it wrote
+                    left.unlink(missing_ok=True)
 
         self.ranks.first(attempt)
 

@@ -32,6 +32,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -222,6 +223,14 @@ def whole(text: str) -> int:
 def positive(text: str) -> int:
     """A whole number of at least one, as an option's type."""
     return _number(text, 1)
+
+
+def penalty(text: str) -> float:
+    """A finite number above 0, as an option's type."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
+    return value
 
 
 def _number(text: str, least: int) -> int:

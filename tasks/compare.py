@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -390,9 +389,3 @@ def draw(
         series = {a.name: ([m[key] for m in a.marks], [m[a.score] for m in a.marks]) for a in shown}
         path = run.folder / f"{shown[0].score.replace('_', '-')}-{name}.png"
         curves(path, series, what, label, title, log_y)
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation of repeated measurements, and their number."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"test accuracy": statistics.fmean(values), "std": deviation, "runs": len(values)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bilevel
 
-from .__main__ import positive
+from .__main__ import penalty, positive
 from .compare import Attempt, add_methods, best, best_by_direction, compare, draw, report_grid
 from .data import batches, load
 from .data.batches import generator
@@ -50,7 +50,7 @@ SHOWN = 20  # images with the smallest weights in the picture
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--corruption", type=share, default=0.5, help="share of the labels replaced at random")
-    add("--ridge", type=float, default=1e-3, help="weight of the penalty on the model, > 0")
+    add("--ridge", type=penalty, default=1e-3, help="weight of the penalty on the model, > 0")
     add("--batch", type=positive, default=256, help="images per batch, at both levels")
     add("--train-images", type=positive, metavar="N", help="default: 1300 of digits, else 5000")
     add("--validation-images", type=positive, metavar="N", help="default: 100 of digits, else 500")
@@ -66,8 +66,6 @@ def share(text: str) -> float:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    if not options.ridge > 0:
-        raise ValueError(f"--ridge must be positive, not {options.ridge}: the model is unique then")
     require("matplotlib", "drawing figures")  # before any work is lost
     options.steps = options.steps or STEPS[options.data]
     data = read(options)

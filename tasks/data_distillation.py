@@ -11,6 +11,7 @@ the distance from these parameters.
 
 from __future__ import annotations
 
+import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import bilevel
 
-from .__main__ import positive
+from .__main__ import penalty, positive
 from .compare import (
     METHODS,
     Attempt,
@@ -32,7 +33,6 @@ from .compare import (
     cells,
     draw,
     report_grid,
-    spread,
 )
 from .compare import add_arguments as add_grid
 from .data import Dataset, batches, load
@@ -63,7 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--begin", choices=("real", "noise"), default="real", help="what the images begin as")
     add("--model", choices=("linear", "lenet", "convnet"), default="linear", help="trained inside")
     add("--method", choices=METHODS, default="bisls-adam", help="nothing of it needs tuning")
-    add("--ridge", type=float, default=1e-3, help="weight of the penalty on the model, > 0")
+    add("--ridge", type=penalty, default=1e-3, help="weight of the penalty on the model, > 0")
     add("--batch", type=positive, default=256, help="real images per outer iteration")
     add("--inner-steps", type=positive, help="per outer iteration (default: 10; a network 30)")
     add("--window", type=positive, default=20, help="steps a network's hypergradient goes back")
@@ -72,8 +72,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    if not options.ridge > 0:
-        raise ValueError(f"--ridge must be positive, not {options.ridge}: the model is unique then")
     require("matplotlib", "drawing figures")  # before any work is lost
     options.steps = options.steps or STEPS[options.data]
     options.inner_steps = options.inner_steps or (10 if options.model == "linear" else 30)
@@ -300,8 +298,16 @@ def judge(task: Distillation, sets: Mapping[str, Sequence[Part]]) -> list[dict[s
             runs = range(len(parts) if unique else task.options.repeats)
             fitted = (fit(parts[i % len(parts)], i) for i in runs)
             scores = [measure(model, parameters, data.test)[1] for parameters in fitted]
-            row = {"trained on": trained_on, "images": len(parts[0][1]), "model": training}
-            rows.append({**row, **spread(scores)})
+            rows.append(
+                {
+                    "trained on": trained_on,
+                    "images": len(parts[0][1]),
+                    "model": training,
+                    "test accuracy": statistics.fmean(scores),
+                    "std": statistics.stdev(scores) if len(scores) > 1 else None,
+                    "runs": len(scores),
+                }
+            )
     return rows
 
 

@@ -22,7 +22,7 @@ import bilevel
 from .__main__ import positive
 from .data import Dataset, batches, episodes
 from .data.dataset import Part
-from .models import Parameters, adam, double, minimize, seeded, square
+from .models import Parameters, adam, double, featured, minimize, seeded, square
 
 WIDTH = 32  # channels, and features: four poolings leave one pixel of 28 x 28
 JUDGES = {"validation": 60, "test": 100}  # episodes
@@ -200,9 +200,3 @@ class Groups(episodes):
 def logits(heads: Parameters, features: Tensor) -> Tensor:
     """Linear heads (E, ways, features) on features (E, n, features): (E, n, ways)."""
     return features @ heads["weight"].mT + heads["bias"][:, None]
-
-
-@torch.no_grad()
-def featured(x: nn.Module, images: Tensor, chunk: int = 1000) -> Tensor:
-    """The features of images, in double precision."""
-    return torch.cat([x(part).double() for part in images.split(chunk)])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import bilevel
 
 from . import few_shot
-from .__main__ import positive
+from .__main__ import penalty, positive
 from .compare import add_methods, best, best_by_direction, compare, draw, report_grid
 from .data import Dataset, batches, load
 from .data.dataset import Part
@@ -31,6 +31,7 @@ from .models import (
     Parameters,
     adam,
     double,
+    featured,
     lenet_features,
     measure,
     minimize,
@@ -59,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--ridge",
-        type=float,
+        type=penalty,
         help="weight of the penalty on the head, > 0 (default: 1e-3, omniglot 0.1)",
     )
     add("--batch", type=positive, default=256, help="images per batch, at both levels")
@@ -80,8 +81,6 @@ def run(options: Namespace) -> dict[str, Any]:
         options.ridge = 0.1 if options.data == "omniglot" else 1e-3
     if options.grid is None:
         options.grid = "tiny" if options.data == "omniglot" else "small"
-    if not options.ridge > 0:
-        raise ValueError(f"--ridge must be positive, not {options.ridge}: the head is unique then")
     require("matplotlib", "drawing figures")  # before any work is lost
     options.steps = options.steps or STEPS[options.data]
     data = load(options.data, options.root, options.device, download=options.download)
@@ -191,9 +190,3 @@ class Representation:
 def logits(head: Parameters, features: Tensor) -> Tensor:
     """The linear head on features, shape (n, FEATURES)."""
     return F.linear(features, head["weight"], head["bias"])
-
-
-@torch.no_grad()
-def featured(x: nn.Module, images: Tensor, chunk: int = 10_000) -> Tensor:
-    """The features of images, in double precision."""
-    return torch.cat([x(part).double() for part in images.split(chunk)])

@@ -25,6 +25,8 @@ Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters], Tensor]
 Shape = tuple[int, int, int]
 
+CHUNK = 1000  # images at a time where a model is measured, for the memory of its layers
+
 
 def linear(shape: Shape, classes: int) -> nn.Module:
     """Multinomial logistic regression on the pixels."""
@@ -229,6 +231,12 @@ def adam(
 
 
 # -- measures ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def featured(x: nn.Module, images: Tensor) -> Tensor:
+    """The features of images, in double precision."""
+    return torch.cat([x(part).double() for part in images.split(CHUNK)])
 
 
 @torch.no_grad()

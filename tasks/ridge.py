@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import exact
-from .__main__ import positive
+from .__main__ import penalty, positive
 from .data.batches import generator
 from .exact import Rows, spectral
 from .models import minimize
@@ -43,13 +43,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--features", type=positive, default=20, metavar="P", help="half of them carry nothing")
     add("--samples", type=positive, default=60, metavar="N", help="to train; validation: 4 N")
     add("--penalty", choices=("feature", "one"), default="feature", help="what x holds")
-    add("--prior", type=float, default=1e-3, help="weight of the pull of x to 0, > 0")
+    add("--prior", type=penalty, default=1e-3, help="weight of the pull of x to 0, > 0")
     exact.add_arguments(parser)
 
 
 def run(options: Namespace) -> dict[str, Any]:
-    if not options.prior > 0:
-        raise ValueError(f"--prior must be positive, not {options.prior}: F* is attained then")
     return exact.report(options, Ridge(options))
 
 

@@ -134,7 +134,7 @@ def test_truth_and_test_images_have_no_say(tmp_path, monkeypatch):
     "arguments, message",
     [
         (["--corruption", "1.5"], "must lie between 0 and 1, not 1.5"),
-        (["--ridge", "0"], "--ridge must be positive"),
+        (["--ridge", "0"], "argument --ridge: must be a finite number above 0"),
         (["--train-images", "5000"], "cannot take parts of 5000"),
     ],
 )

@@ -171,9 +171,10 @@ def test_networks_are_trained_anew_in_every_iteration(model, tmp_path, monkeypat
     assert not any(task.Distillation(load("digits"), options()).starts[0]["1.weight"].flatten())
 
 
-def test_a_ridge_of_zero_is_refused(capsys):
-    assert main(["data-distillation", "--ridge", "0"]) == 2
-    assert "--ridge must be positive" in capsys.readouterr().err
+@pytest.mark.parametrize("value", ["0", "-1", "inf", "nan", "much"])
+def test_a_ridge_is_a_finite_number_above_0(value, capsys):
+    assert main(["data-distillation", f"--ridge={value}"]) == 2
+    assert "argument --ridge: " in capsys.readouterr().err
 
 
 def test_mnist(real_data, tmp_path):

@@ -11,7 +11,7 @@ import tasks.few_shot as few_shot
 import tasks.hyper_representation as task
 from tasks.__main__ import main, parse
 from tasks.data import load
-from tasks.models import value_and_gradient
+from tasks.models import featured, value_and_gradient
 
 NAME = "hyper-representation"
 ARGUMENTS = ("--data", "omniglot", "--n-way", "3", "--k-shot", "2", "--episodes", "2")
@@ -88,7 +88,7 @@ def test_each_head_has_a_problem_of_its_own(problem):
 
 def test_the_judge_solves_the_heads(problem):
     x = problem.begin()
-    features = few_shot.featured(x, problem.data.test[0])
+    features = featured(x, problem.data.test[0])
     (places, labels), (asked, true) = problem.judges["test"]
     support, query = (features[places], labels), (features[asked], true)
     loss, right = problem.judge(support, query)

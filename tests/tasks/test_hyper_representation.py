@@ -12,7 +12,7 @@ import tasks.compare as compare
 import tasks.hyper_representation as task
 from tasks.__main__ import main, parse
 from tasks.data import load
-from tasks.models import ridge_loss, value_and_gradient
+from tasks.models import featured, ridge_loss, value_and_gradient
 
 NAME = "hyper-representation"
 TINY = ("--preset", "quick", "--quiet", "--device", "cpu", "--batch", "64")
@@ -113,7 +113,7 @@ def test_features_are_measured_with_the_optimal_head_on_training_images():
     head = problem.solved_head(x)
     images, labels = problem.data.train
     _, gradient = value_and_gradient(
-        ridge_loss(task.logits, task.featured(x, images), labels, 1e-3), head
+        ridge_loss(task.logits, featured(x, images), labels, 1e-3), head
     )
     assert max(g.abs().max() for g in gradient.values()) < 1e-6
     few = task.Representation(problem.data, options("--head-images", "50")).solved_head(x)

@@ -165,7 +165,7 @@ def test_a_run_reports_the_gap(name, batch, tmp_path):
         (("quadratic", "--samples", "5"), "--samples 5 cannot span x and y"),
         (("quadratic", "--condition", "0.5"), "must lie between 1 and 1e13"),
         (("quadratic", "--condition", "steep"), "--condition"),
-        (("ridge", "--prior", "0"), "--prior must be positive"),
+        (("ridge", "--prior", "0"), "argument --prior: must be a finite number above 0"),
         (("ridge", "--samples", "5"), "5 samples cannot span 20 variables"),
         (("ridge", "--resume"), "--resume without --out"),
     ],

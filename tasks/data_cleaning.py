@@ -195,7 +195,7 @@ class Cleaning:
         pairs = zip(self.labels[order].tolist(), truth.tolist(), strict=True)
         image_grid(
             run.folder / "smallest-weights.png",
-            self.data.pictures(images),
+            images,
             [f"{label}, is {true}" for label, true in pairs],
             f"{self.data.name}: labels trusted least by {a.name}, and true ones",
         )

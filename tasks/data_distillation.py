@@ -215,7 +215,7 @@ class Distillation:
         classes = self.labels[order].tolist()
         image_grid(
             run.folder / "images.png",
-            self.data.pictures(shown),
+            shown,
             [f"{c}, {what}" for what in (self.options.begin, "learned") for c in classes],
             f"{self.options.data}: {self.options.begin} images and what was learned from them",
             columns=self.data.classes,

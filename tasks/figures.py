@@ -124,17 +124,17 @@ def image_grid(
     labels: Sequence[Any] | Tensor,
     title: str = "",
     columns: int = 10,
-    limits: tuple[float, float] | None = None,
 ) -> Path:
     """Draw grey images in rows, each under its label, on one common scale that is shown beside.
 
+    The smallest value of all is black, the largest white.
+
     Args:
         path: of the PNG file.
-        images: shape (n, 1, height, width) or (n, height, width), e.g. ``dataset.pictures(x)``.
+        images: shape (n, 1, height, width) or (n, height, width).
         labels: n of them, written above the images.
         title: above all.
         columns: images per row.
-        limits: values drawn as black and as white; None: the smallest and largest at hand.
     """
     images = images.detach().float().cpu()
     if images.ndim == 4 and images.shape[1] == 1:
@@ -145,8 +145,7 @@ def image_grid(
             f"not {tuple(images.shape)} and {len(labels)} labels"
         )
     finite = images[images.isfinite()]
-    if limits is None:
-        limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = _figure((0.9 * columns + 1.2, 1.1 * rows + 0.6))
@@ -155,7 +154,7 @@ def image_grid(
     for axes in grid:
         axes.set_axis_off()
     for axes, image, label in zip(grid, images, labels, strict=False):
-        shown = axes.imshow(image.tolist(), cmap="gray", vmin=limits[0], vmax=limits[1])
+        shown = axes.imshow(image.tolist(), cmap="gray", vmin=low, vmax=high)
         axes.set_title(str(label.item() if isinstance(label, Tensor) else label), fontsize=9)
     figure.colorbar(shown, ax=list(grid), shrink=0.9, label="brightness")
     if title:

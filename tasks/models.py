@@ -244,12 +244,11 @@ def measure(
     net: Callable[[Parameters, Tensor], Tensor],
     parameters: Parameters,
     part: tuple[Tensor, Tensor],
-    chunk: int = 10_000,
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy on a part of a data set."""
     total = torch.zeros(2, dtype=torch.float64, device=part[0].device)
     dtype = next(iter(parameters.values())).dtype
-    for images, labels in zip(part[0].split(chunk), part[1].split(chunk), strict=True):
+    for images, labels in zip(part[0].split(CHUNK), part[1].split(CHUNK), strict=True):
         logits = net(parameters, images.to(dtype))
         right = (logits.argmax(1) == labels).sum()
         total += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), right]).double()

@@ -23,8 +23,6 @@ class Dataset:
             (n, \\*shape), labels int64 of shape (n,), all on one device.
         classes: number of classes; labels lie in 0 ... classes - 1.
         shape: of one image, (channels, height, width).
-        mean, std: of the training pixels, taken off when the data were loaded with
-            ``normalize=True``; 0 and 1 otherwise. :meth:`pictures` undoes it.
     """
 
     name: str
@@ -33,19 +31,13 @@ class Dataset:
     test: Part
     classes: int
     shape: tuple[int, int, int]
-    mean: float = 0.0
-    std: float = 1.0
-
-    def pictures(self, images: Tensor) -> Tensor:
-        """The images as brightness again: 0 is the background of the data, 1 full ink."""
-        return images * self.std + self.mean
 
     def __repr__(self) -> str:
         sizes = "/".join(str(len(part[1])) for part in (self.train, self.validation, self.test))
         images = self.train[0]
         return (
             f"Dataset({self.name}: {sizes} images of shape {self.shape}, {self.classes} classes, "
-            f"{images.dtype} on {images.device}, mean {self.mean:.4g}, std {self.std:.4g})"
+            f"{images.dtype} on {images.device})"
         )
 
 
@@ -57,7 +49,6 @@ def assemble(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    normalize: bool,
 ) -> Dataset:
     """A :class:`Dataset` of uint8 pictures (n, height, width), with ``brightest`` scaled to 1.
 
@@ -65,23 +56,15 @@ def assemble(
     """
     if not dtype.is_floating_point:
         raise ValueError(f"images cannot be {dtype}: choose a floating dtype, e.g. torch.float32")
-    mean, std = 0.0, 1.0
-    if normalize:
-        spread, centre = torch.std_mean(parts[0][0].float() / brightest, correction=0)
-        mean, std = float(centre), float(spread)
-        if std == 0:
-            raise ValueError(f"the training pixels of {name} are all equal: nothing to normalize")
 
     def finish(images: Tensor, labels: Tensor) -> Part:
         floating = images.to(device)[:, None].to(dtype).div_(brightest)
-        if normalize:
-            floating.sub_(mean).div_(std)
         return floating, labels.to(device, torch.int64)
 
     train, validation, test = (finish(*part) for part in parts)
     height, width = train[0].shape[-2:]
     shape = (1, int(height), int(width))
-    return Dataset(name, train, validation, test, classes, shape, mean, std)
+    return Dataset(name, train, validation, test, classes, shape)
 
 
 def stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:

@@ -33,7 +33,6 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    normalize: bool = False,
     sizes: Sequence[int] | None = None,
     seed: int = 0,
     download: bool = True,
@@ -59,9 +58,8 @@ def load(
     Args:
         name: one of the table.
         root: folder to look in first.
-        device, dtype: of the images; dtype is floating. Labels are int64.
-        normalize: take the mean of the training pixels off and divide by their standard
-            deviation, both recorded in the result; False: pixels lie in [0, 1].
+        device, dtype: of the images; dtype is floating. Pixels lie in [0, 1]: 0 is the background,
+            1 full ink. Labels are int64.
         sizes: other numbers of training, validation and test images (for omniglot: of
             characters), drawn stratified; those of mnist respect its own test set.
         seed: of the split alone; the parts of one seed are always the same.
@@ -74,8 +72,7 @@ def load(
 
     Example:
         >>> load("digits")
-        Dataset(digits: 1079/359/359 images of shape (1, 8, 8), 10 classes, torch.float32 on cpu, \
-mean 0, std 1)
+        Dataset(digits: 1079/359/359 images of shape (1, 8, 8), 10 classes, torch.float32 on cpu)
     """
     if name not in NAMES:
         raise ValueError(_unknown(name))
@@ -90,9 +87,7 @@ mean 0, std 1)
         parts, classes = load_characters(root, sizes, seed, download)
     else:
         parts = _mnist(name, root, sizes, seed, download)
-    return assemble(
-        name, parts, classes, brightest, device=device, dtype=dtype, normalize=normalize
-    )
+    return assemble(name, parts, classes, brightest, device=device, dtype=dtype)
 
 
 def _unknown(name: str) -> str:

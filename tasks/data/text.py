@@ -24,7 +24,7 @@ class Text:
 
     Attributes:
         name: of the data set, or of the file.
-        train, validation: int64 tokens, shape (n,); validation is the end of the text.
+        train, validation: int64 tokens on the CPU, shape (n,); validation is the end of the text.
         vocabulary: the characters in order; token i is ``vocabulary[i]``.
     """
 
@@ -33,14 +33,6 @@ class Text:
     validation: Tensor
     vocabulary: str
 
-    def encode(self, text: str) -> Tensor:
-        """The tokens of a text in this vocabulary, on the CPU."""
-        unknown = set(text) - set(self.vocabulary)
-        if unknown:
-            raise ValueError(f"not in the vocabulary of {self.name}: {sorted(unknown)}")
-        place = {character: token for token, character in enumerate(self.vocabulary)}
-        return torch.tensor([place[character] for character in text], dtype=torch.int64)
-
     def decode(self, tokens: Tensor) -> str:
         """The text of tokens."""
         return "".join(self.vocabulary[token] for token in tokens.tolist())
@@ -48,14 +40,13 @@ class Text:
     def __repr__(self) -> str:
         return (
             f"Text({self.name}: {len(self.train)}/{len(self.validation)} tokens, "
-            f"{len(self.vocabulary)} characters, on {self.train.device})"
+            f"{len(self.vocabulary)} characters)"
         )
 
 
 def load_text(
     source: str | Path = SHAKESPEARE,
     root: str | Path | None = None,
-    device: torch.device | str = "cpu",
     *,
     validation: float = 0.1,
 ) -> Text:
@@ -65,7 +56,6 @@ def load_text(
         source: a file; or "tiny-shakespeare", looked for as ``tiny_shakespeare.txt`` in ``root``,
             in $BILEVEL_DATA and among the downloads.
         root: folder to look in first.
-        device: of the tokens.
         validation: share of the text, at its end, that is kept for validation.
 
     Raises:
@@ -87,7 +77,6 @@ def load_text(
         raise BadData(f"{path} has {len(text)} characters: too few to be split")
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     distinct, tokens = points.unique(return_inverse=True)
-    tokens = tokens.to(device)
     vocabulary = "".join(map(chr, distinct.tolist()))
     name = SHAKESPEARE if str(source) == SHAKESPEARE else path.name
     return Text(name, tokens[:-held_out], tokens[-held_out:], vocabulary)

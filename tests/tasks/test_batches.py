@@ -6,7 +6,8 @@ from itertools import islice
 import pytest
 import torch
 
-from tasks.data import batches, blocks, episodes
+from tasks.data import batches, episodes
+from tasks.data.batches import Blocks
 
 
 def labelled(n=23):
@@ -25,7 +26,7 @@ MAKERS = {
     "episodes": lambda seed=3: episodes(
         *classes(), n_way=2, k_shot=1, queries=2, seed=seed, per_epoch=6
     ),
-    "blocks": lambda seed=3: blocks(torch.arange(100), length=6, size=4, seed=seed),
+    "blocks": lambda seed=3: Blocks(torch.arange(100), length=6, size=4, seed=seed),
 }
 every_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
@@ -151,7 +152,7 @@ def test_outer_first_swaps_query_and_support():
 
 
 def test_blocks_do_not_overlap_and_targets_are_one_further():
-    data = blocks(torch.arange(1000), length=7, size=10, seed=0)
+    data = Blocks(torch.arange(1000), length=7, size=10, seed=0)
     first_tokens = set()
     for _ in range(3):
         drawn = list(data)
@@ -166,10 +167,10 @@ def test_blocks_do_not_overlap_and_targets_are_one_further():
 
 def test_blocks_reach_the_last_token_for_the_smallest_text():
     for seed in range(30):
-        ((tokens, targets),) = blocks(torch.arange(8), length=4, size=1, seed=seed)
+        ((tokens, targets),) = Blocks(torch.arange(8), length=4, size=1, seed=seed)
         assert targets.max() <= 7 and torch.equal(tokens + 1, targets)
     with pytest.raises(ValueError, match="7 tokens are too few .* takes 8"):
-        blocks(torch.arange(7), length=4, size=1)
+        Blocks(torch.arange(7), length=4, size=1)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_blocks_reach_the_last_token_for_the_smallest_text():
         (lambda: episodes(*classes(), n_way=2, k_shot=2, queries=3), "class 0 has 4"),
         (lambda: episodes(*classes(), n_way=2, k_shot=0), "k_shot must be"),
         (lambda: episodes(torch.ones(3), torch.ones(4)), "3 images and 4 labels"),
-        (lambda: blocks(torch.arange(9), length=0, size=1), "length must be"),
+        (lambda: Blocks(torch.arange(9), length=0, size=1), "length must be"),
     ],
 )
 def test_misuse_is_told(make, message):

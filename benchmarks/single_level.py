@@ -32,7 +32,7 @@ FLOOR = 1e-12  # to which f* is known
 CEILING = 10.0  # of the figure
 
 
-class Method(NamedTuple):
+class Contender(NamedTuple):
     """How it is made from the parameters and a bound, its panel in the figure, the decay of its
     learning rate where it has one, and whether it takes the bound at all."""
 
@@ -43,15 +43,15 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "SPSB": Method(lambda p, b: optim.SPSB(p, max_lr=b), "decreasing bound"),
-    "SLSB": Method(lambda p, b: optim.SLSB(p, max_lr=b), "decreasing bound"),
-    "SGD, 1/sqrt(k+1)": Method(torch.optim.SGD, "decreasing bound", 0.5),
-    "DecSPS, c0 = 1": Method(lambda p, b: optim.DecSPS(p, max_lr=b), "decreasing bound"),
-    "AdaSPS": Method(lambda p, b: optim.AdaSPS(p), "other rules", bounded=False),
-    "SPSmax": Method(lambda p, b: optim.SPS(p, max_lr=b), "other rules"),
-    "SLS": Method(lambda p, b: optim.SLS(p, max_lr=b), "other rules"),
-    "SGD, constant": Method(torch.optim.SGD, "other rules", 0.0),
-    "DecSPS, c0 = 0.1": Method(lambda p, b: optim.DecSPS(p, 0.1, b), "decreasing bound"),
+    "SPSB": Contender(lambda p, b: optim.SPSB(p, max_lr=b), "decreasing bound"),
+    "SLSB": Contender(lambda p, b: optim.SLSB(p, max_lr=b), "decreasing bound"),
+    "SGD, 1/sqrt(k+1)": Contender(torch.optim.SGD, "decreasing bound", 0.5),
+    "DecSPS, c0 = 1": Contender(lambda p, b: optim.DecSPS(p, max_lr=b), "decreasing bound"),
+    "AdaSPS": Contender(lambda p, b: optim.AdaSPS(p), "other rules", bounded=False),
+    "SPSmax": Contender(lambda p, b: optim.SPS(p, max_lr=b), "other rules"),
+    "SLS": Contender(lambda p, b: optim.SLS(p, max_lr=b), "other rules"),
+    "SGD, constant": Contender(torch.optim.SGD, "other rules", 0.0),
+    "DecSPS, c0 = 0.1": Contender(lambda p, b: optim.DecSPS(p, 0.1, b), "decreasing bound"),
 }
 
 
@@ -95,7 +95,7 @@ def minimum(problem: Problem) -> float:
     raise RuntimeError("f* was not found in 100 Newton steps: give the problem a larger RIDGE")
 
 
-def descend(method: Method, bound: float, made: Problem, seed: int, steps: int) -> list[float]:
+def descend(method: Contender, bound: float, made: Problem, seed: int, steps: int) -> list[float]:
     """The gaps after a quarter of the steps and after all."""
     x = torch.zeros(FEATURES, dtype=torch.float64, requires_grad=True)
     optimizer = method.make([x], bound)

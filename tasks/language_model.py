@@ -32,8 +32,8 @@ from .training import (
 )
 from .training import (
     PRECISIONS,
+    Contender,
     Fit,
-    Method,
     add_text_arguments,
     count_parameters,
     installed,
@@ -76,25 +76,25 @@ def sf_adam_sps(safeguard: float | str, parameters: Any, rate: None, steps: int)
     )  # fmt: skip
 
 
-METHODS: dict[str, Method] = {
-    "SF-Adam-SPS, M = 1": Method(partial(sf_adam_sps, 1.0)),
-    "SF-Adam-SPS, M = 100": Method(partial(sf_adam_sps, 100.0)),
-    "SF-Adam-SPS, moving M": Method(partial(sf_adam_sps, "ema")),
-    "inexact Polyak": Method(lambda p, rate, steps: optim.InexactPolyak(p, steps)),
-    "DecSPS": Method(lambda p, rate, steps: optim.DecSPS(p)),
-    "AdaSPS": Method(lambda p, rate, steps: optim.AdaSPS(p)),
-    "Polyak, f* = 0": Method(lambda p, rate, steps: optim.SPS(p)),
-    "DoG": Method(lambda p, rate, steps: DoG(p), ours=False),
-    "AdamW, linear decay": Method(adamw, ADAM_RATES, linear, clip=1.0, ours=False),
-    "AdamW, warmup-stable": Method(adamw, ADAM_RATES, stable, clip=1.0, ours=False),
-    "schedule-free AdamW": Method(
+METHODS: dict[str, Contender] = {
+    "SF-Adam-SPS, M = 1": Contender(partial(sf_adam_sps, 1.0)),
+    "SF-Adam-SPS, M = 100": Contender(partial(sf_adam_sps, 100.0)),
+    "SF-Adam-SPS, moving M": Contender(partial(sf_adam_sps, "ema")),
+    "inexact Polyak": Contender(lambda p, rate, steps: optim.InexactPolyak(p, steps)),
+    "DecSPS": Contender(lambda p, rate, steps: optim.DecSPS(p)),
+    "AdaSPS": Contender(lambda p, rate, steps: optim.AdaSPS(p)),
+    "Polyak, f* = 0": Contender(lambda p, rate, steps: optim.SPS(p)),
+    "DoG": Contender(lambda p, rate, steps: DoG(p), ours=False),
+    "AdamW, linear decay": Contender(adamw, ADAM_RATES, linear, clip=1.0, ours=False),
+    "AdamW, warmup-stable": Contender(adamw, ADAM_RATES, stable, clip=1.0, ours=False),
+    "schedule-free AdamW": Contender(
         partial(schedulefree_adamw, betas=(0.9, 0.98), weight_decay=DECAY),
         ADAM_RATES, ours=False, package="schedulefree",
     ),
-    "clipped SGD": Method(
+    "clipped SGD": Contender(
         lambda p, rate, steps: optim.ClippedSGD(p, rate, max_norm=1.0), SGD_RATES
     ),
-    "SGD": Method(lambda p, rate, steps: torch.optim.SGD(p, rate), SGD_RATES, ours=False),
+    "SGD": Contender(lambda p, rate, steps: torch.optim.SGD(p, rate), SGD_RATES, ours=False),
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def compare(
     run: Run,
     options: Namespace,
     data: Tokens,
-    methods: dict[str, Method],
+    methods: dict[str, Contender],
     fresh: Callable[[int], nn.Module],
     teacher: Callable[..., Any] | None = None,
     cells: Cells | None = None,
@@ -253,7 +253,11 @@ def draw_losses(
 
 
 def draw_sensitivity(
-    run: Run, results: Results, methods: dict[str, Method], title: str, rate: str = "learning rate"
+    run: Run,
+    results: Results,
+    methods: dict[str, Contender],
+    title: str,
+    rate: str = "learning rate",
 ) -> None:
     """Final validation loss against the ``rate``; flat lines where there is none."""
     rates = sorted({rate for _, rate in results if rate is not None}) or [1.0]

@@ -43,8 +43,8 @@ from .training import (
 from .training import (
     PRECISIONS,
     Batch,
+    Contender,
     Fit,
-    Method,
     add_text_arguments,
     cosine,
     count_parameters,
@@ -87,23 +87,25 @@ def adam(parameters: Any, rate: float, steps: int) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, rate)
 
 
-METHODS: dict[str, Method] = {
-    "IAM": Method(lambda p, rate, steps: optim.IAM(p, max_lr=rate), (1.0, 9.0, 90.0), oracle=True),
-    "IAM-Adam": Method(
+METHODS: dict[str, Contender] = {
+    "IAM": Contender(
+        lambda p, rate, steps: optim.IAM(p, max_lr=rate), (1.0, 9.0, 90.0), oracle=True
+    ),
+    "IAM-Adam": Contender(
         lambda p, rate, steps: optim.IAMAdam(p, max_lr=10 * rate),  # x moves by a tenth of z
         (*ADAM_RATES, 0.1), oracle=True,
     ),
-    "SF-Adam-SPS+": Method(
+    "SF-Adam-SPS+": Contender(
         lambda p, rate, steps: optim.ScheduleFreeAdamSPS(
             p, max_lr=rate, warmup_steps=warmup(steps)
         ),
         (*ADAM_RATES, 0.1), oracle=True,
     ),
-    "SGD, momentum 0.9": Method(sgd, SGD_RATES, ours=False),
-    "SGD, momentum 0.9, cosine": Method(sgd, SGD_RATES, cosine, ours=False),
-    "Adam": Method(adam, (*ADAM_RATES, 0.1), ours=False),
-    "Adam, cosine": Method(adam, (*ADAM_RATES, 0.1), cosine, ours=False),
-    "schedule-free AdamW": Method(
+    "SGD, momentum 0.9": Contender(sgd, SGD_RATES, ours=False),
+    "SGD, momentum 0.9, cosine": Contender(sgd, SGD_RATES, cosine, ours=False),
+    "Adam": Contender(adam, (*ADAM_RATES, 0.1), ours=False),
+    "Adam, cosine": Contender(adam, (*ADAM_RATES, 0.1), cosine, ours=False),
+    "schedule-free AdamW": Contender(
         partial(schedulefree_adamw, betas=(0.9, 0.999)), (*ADAM_RATES, 0.1), ours=False,
         package="schedulefree",
     ),
@@ -237,7 +239,7 @@ def own_teachers(run: Run, options: Namespace, data: Tokens) -> list[nn.Module]:
 
     path = run.folder / "teacher.pt"
     if not (options.resume and path.exists()):
-        adam = Method(
+        adam = Contender(
             lambda p, rate, steps: torch.optim.AdamW(p, rate), schedule=linear, clip=1.0, ours=False
         )
         states = []

@@ -44,7 +44,7 @@ RATES = tuple(10.0 ** (e / 2) for e in range(-6, 2))
 ERRORS = (-0.1, -0.02, 0.02, 0.1)  # of the optimal values
 
 
-class Method(NamedTuple):
+class Contender(NamedTuple):
     """How the optimizer is made, from the parameters and a step size (None: as it is)."""
 
     make: Callable[[list[Tensor], Any], Any]
@@ -53,12 +53,12 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "SPS*": Method(lambda p, lr: optim.SPSPlus(p)),
-    "IAM": Method(lambda p, cap: optim.IAM(p, max_lr=math.inf)),
-    "IAM, linear averaging": Method(lambda p, lr: optim.IAM(p, "linear", max_lr=math.inf)),
-    "IAM, capped": Method(lambda p, lr: optim.IAM(p, max_lr=lr), tuned=True),
-    "SGD": Method(lambda p, lr: torch.optim.SGD(p, lr), oracle=False, tuned=True),
-    "SGD, momentum 0.9": Method(
+    "SPS*": Contender(lambda p, lr: optim.SPSPlus(p)),
+    "IAM": Contender(lambda p, cap: optim.IAM(p, max_lr=math.inf)),
+    "IAM, linear averaging": Contender(lambda p, lr: optim.IAM(p, "linear", max_lr=math.inf)),
+    "IAM, capped": Contender(lambda p, lr: optim.IAM(p, max_lr=lr), tuned=True),
+    "SGD": Contender(lambda p, lr: torch.optim.SGD(p, lr), oracle=False, tuned=True),
+    "SGD, momentum 0.9": Contender(
         lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, dampening=0.9), oracle=False, tuned=True
     ),
 }
@@ -184,7 +184,7 @@ def optimum(problem: Regression) -> float:
 
 def train(
     problem: Regression,
-    method: Method,
+    method: Contender,
     lr: float | None,
     error: float,
     options: Namespace,

@@ -72,7 +72,7 @@ class Quartic:
         return self.L0 * self.L1**2 / 18 * x**3 + self.L0 / 2 * x
 
 
-class Method(NamedTuple):
+class Contender(NamedTuple):
     """How the optimizer is made, from the parameter, the setting and the number of steps; and
     whether it is given f* or the lower bound."""
 
@@ -81,13 +81,13 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "gradient descent": Method(lambda p, s, T: optim.ClippedSGD(p, *s)),
-    "clipped GD": Method(lambda p, s, T: optim.ClippedSGD(p, *s)),
-    "Polyak": Method(lambda p, s, T: optim.SPSPlus(p), knows_minimum=True),
-    "DecSPS": Method(lambda p, s, T: optim.DecSPS(p)),
-    "AdaSPS": Method(lambda p, s, T: optim.AdaSPS(p)),
-    "DoG": Method(lambda p, s, T: DoG(p)),
-    "inexact Polyak": Method(lambda p, s, T: optim.InexactPolyak(p, steps=T)),
+    "gradient descent": Contender(lambda p, s, T: optim.ClippedSGD(p, *s)),
+    "clipped GD": Contender(lambda p, s, T: optim.ClippedSGD(p, *s)),
+    "Polyak": Contender(lambda p, s, T: optim.SPSPlus(p), knows_minimum=True),
+    "DecSPS": Contender(lambda p, s, T: optim.DecSPS(p)),
+    "AdaSPS": Contender(lambda p, s, T: optim.AdaSPS(p)),
+    "DoG": Contender(lambda p, s, T: DoG(p)),
+    "inexact Polyak": Contender(lambda p, s, T: optim.InexactPolyak(p, steps=T)),
 }
 
 
@@ -155,7 +155,7 @@ def draw_starts(first: float, count: int, seed: int) -> list[float]:
 
 
 def descent(
-    method: Method, L1: float, setting: Setting, start: float, steps: int, minimum: float
+    method: Contender, L1: float, setting: Setting, start: float, steps: int, minimum: float
 ) -> Result:
     """The gaps of one run, and how many iterations until they are below :data:`CLOSE`."""
     f = Quartic(L1)

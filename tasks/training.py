@@ -29,7 +29,7 @@ from .run import Run
 Batch = tuple[Tensor, Tensor]
 
 
-class Method(NamedTuple):
+class Contender(NamedTuple):
     """An optimizer as it is used.
 
     Attributes:
@@ -88,7 +88,7 @@ class Fit:
     """
 
     model: nn.Module
-    method: Method
+    method: Contender
     rate: float | None
     data: Epochs
     validation: list[Batch]
@@ -217,7 +217,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def installed(methods: dict[str, Method]) -> tuple[dict[str, Method], list[str]]:
+def installed(methods: dict[str, Contender]) -> tuple[dict[str, Contender], list[str]]:
     """Those whose package is installed, and a sentence for each of the others."""
     kept, missing = {}, []
     for name, method in methods.items():

@@ -14,7 +14,7 @@ from tasks.data.tokens import TokenBlocks, map_tokens, unsigned, write_tokens
 from tasks.errors import BadData, MissingData
 from tasks.language_models import GPT, MODELS, SIZES, Size, gpt_size, next_token_loss
 from tasks.models import seeded
-from tasks.training import Fit, Method
+from tasks.training import Contender, Fit
 
 NAME = "language-model"
 LINE = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer\n"
@@ -296,7 +296,7 @@ def test_a_killed_comparison_writes_the_same(tmp_path, text, monkeypatch):
 
 
 def test_a_missing_package_leaves_its_method_out(tmp_path, text, monkeypatch):
-    nowhere = Method(task.METHODS["schedule-free AdamW"].make, (0.1,), package="no_such_package")
+    nowhere = Contender(task.METHODS["schedule-free AdamW"].make, (0.1,), package="no_such_package")
     monkeypatch.setitem(task.METHODS, "schedule-free AdamW", nowhere)
     chosen = ["--methods", "schedule-free AdamW", "inexact Polyak"]
     assert main([*arguments(text, tmp_path / "a"), *chosen]) == 0

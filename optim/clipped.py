@@ -26,9 +26,10 @@ class ClippedSGD(Optimizer):
         foreach: False for the plain version.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
-    Reference: arXiv 2405.15010, section 2.
+    Reference: 'Parameter-free Clipped Gradient Descent Meets Polyak' (arXiv 2405.15010), section 2;
+    by its proposition 1 the Polyak step is at least a quarter of that one.
 
     >>> import torch, optim
     >>> x = torch.tensor([3.0], requires_grad=True)

@@ -29,12 +29,12 @@ class DecSPS(Optimizer):
     Args:
         params: parameters or groups of them.
         c0: scale, > 0.
-        max_lr: gamma_b > 0, bound of the first step.
-        lower_bound: l, at most the smallest loss of any batch.
+        max_lr: gamma_b > 0, bound of the first step; inf: none.
+        lower_bound: l, finite, at most the smallest loss of any batch.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
     Reference: Orvieto, Lacoste-Julien, Loizou 2022 (arXiv 2205.04583).
 
@@ -79,11 +79,11 @@ class AdaSPS(Optimizer):
         params: parameters or groups of them.
         c: > 0, in units of 1/sqrt(loss); None: 1/sqrt(f_0 - l_0), with which the first step is
             the Polyak step.
-        lower_bound: l, at most the smallest loss of any batch.
+        lower_bound: l, finite, at most the smallest loss of any batch.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: ``c`` <= 0.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
     Reference: Jiang and Stich 2023 (arXiv 2308.06058).
 
@@ -124,14 +124,15 @@ class InexactPolyak(Optimizer):
 
     Args:
         params: parameters or groups of them.
-        steps: T >= 1, the number of steps planned.
-        lower_bound: l*, at most the smallest loss.
+        steps: T >= 1, the whole number of steps planned.
+        lower_bound: l*, finite, at most the smallest loss.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: ``steps`` < 1.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
-    Reference: arXiv 2405.15010, algorithm 1.
+    Reference: 'Parameter-free Clipped Gradient Descent Meets Polyak' (arXiv 2405.15010),
+    algorithm 1.
 
     >>> import torch, optim
     >>> x = torch.tensor([2.0], requires_grad=True)

@@ -44,16 +44,17 @@ class IAM(_IterateAveraging):
         params: parameters or groups of them.
         averaging: lambda >= 0, or "linear" for lambda_t = t: the plain mean of all z, with a rate
             for the last iterate.
-        max_lr: cap gamma_b > 0 of the step of z; x moves 1/(1 + lambda) as far.
-        lower_bound: stands in for f_t(x*) where ``step()`` gets no ``target``.
+        max_lr: cap gamma_b > 0 of the step of z, inf: none; x moves 1/(1 + lambda) as far.
+        lower_bound: finite; stands in for f_t(x*) where ``step()`` gets no ``target``.
         weight_decay: w >= 0, decoupled, scaled by the step: z -= step w x.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
         RuntimeError: a step in eval mode.
 
-    Reference: arXiv 2504.01898 (IAM; the averaging form is Sebbouh et al. 2021).
+    Reference: 'Analysis of an Idealized Stochastic Polyak Method and its Application to Black-Box
+    Model Distillation' (arXiv 2504.01898); the averaging form is Sebbouh et al. 2021.
 
     >>> import torch, optim
     >>> x = torch.tensor([1.0], requires_grad=True)
@@ -98,10 +99,11 @@ class IAMAdam(_IterateAveraging):
         eps: > 0, added to the root.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
         RuntimeError: a step in eval mode.
 
-    Reference: arXiv 2504.01898 (IAM-Adam).
+    Reference: 'Analysis of an Idealized Stochastic Polyak Method and its Application to Black-Box
+    Model Distillation' (arXiv 2504.01898).
 
     >>> import torch, optim
     >>> x = torch.tensor([1.0, -2.0], requires_grad=True)

@@ -23,13 +23,13 @@ class SPS(Optimizer):
 
     Args:
         params: parameters or groups of them, as for any torch optimizer.
-        lower_bound: l, at most the smallest loss of any batch; ``step(target=)`` overrides it.
+        lower_bound: l, finite, at most the smallest loss of any batch; ``target`` overrides it.
         c: > 0; 1 is the projection, 1/2 twice as far.
-        max_lr: gamma_b > 0, in units of a learning rate.
+        max_lr: gamma_b > 0, in units of a learning rate; inf: no cap.
         foreach: False for the plain version, tensor by tensor.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
     Reference: Loizou et al. 2021 (arXiv 2002.10542), eqs. (2), (3).
 
@@ -72,13 +72,16 @@ class SPSPlus(Optimizer):
 
     Args:
         params: parameters or groups of them.
-        max_lr: cap of the step, > 0.
+        max_lr: cap of the step, > 0; inf: none.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: ``max_lr`` <= 0; a step without ``target``.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
+        ValueError: a step without ``target``.
 
-    Reference: Garrigos et al. 2023; arXiv 2504.01898 (SPS*), 2511.07767 section 2.1 (SPS+).
+    References: Garrigos et al. 2023; 'Analysis of an Idealized Stochastic Polyak Method and its
+    Application to Black-Box Model Distillation' (arXiv 2504.01898; SPS*); 'Taking the Road Less
+    Scheduled with Adaptive Polyak Steps' (arXiv 2511.07767), section 2.1 (SPS+).
 
     >>> import torch, optim
     >>> x = torch.tensor([3.0], requires_grad=True)
@@ -109,16 +112,17 @@ class SafeguardedSPS(Optimizer):
 
     Args:
         params: parameters or groups of them.
-        lower_bound: l, at most the smallest loss of any batch.
+        lower_bound: l, finite, at most the smallest loss of any batch.
         safeguard: M >= 0 in units of a squared gradient norm, or "ema": M_t follows the squared
             norms, M_t = rho M_{t-1} + (1 - rho) ||g_t||^2.
         rho: memory of the moving average, in [0, 1).
         foreach: False for the plain version.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
-    Reference: arXiv 2512.02342 (constant M); 2511.07767, eq. (8) (moving average).
+    References: arXiv 2512.02342 (constant M); 'Taking the Road Less Scheduled with Adaptive Polyak
+    Steps' (arXiv 2511.07767), section 2.1 and eq. (8) (moving average).
 
     >>> import torch, optim
     >>> x = torch.tensor([0.5], requires_grad=True)
@@ -163,14 +167,14 @@ class SPSB(Optimizer):
         params: parameters or groups of them.
         max_lr: gamma_{b,0} > 0.
         decay: p >= 0; 1/2 for convex and non-convex, 1 for strongly convex losses.
-        lower_bound: l, at most the smallest loss of any batch.
+        lower_bound: l, finite, at most the smallest loss of any batch.
         c: scale, > 0.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
-    Reference: BiSLS/SPS (arXiv 2305.18666), envelope step of SPSB.
+    Reference: Fan et al. 2023, 'BiSLS/SPS' (arXiv 2305.18666): the envelope step of SPSB.
 
     >>> import torch, optim
     >>> x = torch.tensor([2.0], requires_grad=True)

@@ -55,23 +55,25 @@ class ScheduleFreeSPS(_ScheduleFree):
         beta: in [0, 1]; 0.9 is the usual momentum.
         safeguard: None for the plain denominator; M >= 0 in units of a squared gradient norm;
             "ema": M_t = rho M_{t-1} + (1 - rho) ||g_t||^2.
-        lower_bound: l where ``step()`` gets no ``target``.
-        max_lr: cap of the step, > 0.
-        warmup_steps: T_w; the step is scaled by min{1, (t + 1) / T_w}.
+        lower_bound: l, finite, where ``step()`` gets no ``target``.
+        max_lr: cap of the step, > 0; inf: none.
+        warmup_steps: T_w, a whole number >= 0; the step is scaled by min{1, (t + 1) / T_w}.
         weight_decay: w >= 0, decoupled, at y, scaled by the step: z -= step w y.
         rho: memory of the moving average, in [0, 1).
-        r, weight_lr_power: the average weighs step t by (t + 1)^r (largest step so far)^power; 0
-            and 0 for the uniform one. No choice of them can dead-lock.
+        r, weight_lr_power: >= 0; the average weighs step t by (t + 1)^r (largest step so
+            far)^power; 0 and 0 for the uniform one. No choice of them can dead-lock.
         foreach: False for the plain version.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
         RuntimeError: a step in eval mode.
 
     The parameters hold y while training: call ``eval()`` before evaluating or saving the model and
     ``train()`` before going on. Batch-norm statistics are those of y; refresh them in eval mode.
 
-    Reference: arXiv 2511.07767, sections 2-4; the form without x is remark 4.1.
+    Reference: 'Taking the Road Less Scheduled with Adaptive Polyak Steps' (arXiv 2511.07767),
+    table 2 (SF-SPS+, SF-SPS), eq. (8) (moving M), remark 4.1 (the form without x), theorems 3.1 and
+    3.2 (with an oracle, with a bound).
 
     >>> import torch, optim
     >>> x = torch.tensor([3.0], requires_grad=True)
@@ -135,10 +137,11 @@ class ScheduleFreeAdamSPS(_ScheduleFree):
         eps: > 0, added to the root.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
         RuntimeError: a step in eval mode.
 
-    Reference: arXiv 2511.07767, algorithm 3 and eq. (8).
+    Reference: 'Taking the Road Less Scheduled with Adaptive Polyak Steps' (arXiv 2511.07767),
+    algorithm 3 and eq. (8).
 
     >>> import torch, optim
     >>> x = torch.tensor([1.0, -2.0], requires_grad=True)

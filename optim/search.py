@@ -219,7 +219,7 @@ class SLS(_LineSearch):
             accepted step (cheapest, never grows); "fixed": max_lr.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
     Layers that count calls (batch norm in training mode) count every trial.
 
@@ -262,9 +262,9 @@ class SLSB(_LineSearch):
         shrink: omega, factor after a refusal, in (0, 1).
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
-    Reference: BiSLS/SPS (arXiv 2305.18666).
+    Reference: Fan et al. 2023, 'BiSLS/SPS' (arXiv 2305.18666): the envelope step of SLSB.
 
     >>> import torch, optim
     >>> x = torch.tensor([2.0], requires_grad=True)
@@ -305,7 +305,7 @@ class AdaSLS(_LineSearch):
             accepted one.
 
     Raises:
-        ValueError: an option out of its range.
+        TypeError, ValueError: an option of another type or out of its range; no parameters.
 
     Reference: Jiang and Stich 2023 (arXiv 2308.06058).
 

@@ -118,7 +118,9 @@ def hypergradient(
         oracle.cost = Cost()
         found = _estimate(oracle, X, Y, outer_batch, batches, method)
     solver = getattr(method, "solver", None)
-    if isinstance(solver, Neumann | StochasticNeumann) and found.residual is not None:
+    series = isinstance(solver, Neumann | StochasticNeumann)
+    draws = isinstance(solver, StochasticNeumann) and solver.form == "random"  # one tells nothing
+    if series and not draws and found.residual is not None:
         if bool(found.residual > 1):
             warnings.warn(
                 f"{solver} diverges here: its relative residual is {float(found.residual):.3g}; "

@@ -116,8 +116,8 @@ class _Argmin(torch.autograd.Function):
     @staticmethod
     def forward(forward: Any, gradient: Any, solver: Any, *xs: Tensor) -> tuple[Tensor, ...]:
         del gradient, solver
-        with torch.no_grad():
-            return forward(*xs)
+        with torch.enable_grad():  # a way to y may take gradients of its own, though none to x
+            return forward(*(x.detach() for x in xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

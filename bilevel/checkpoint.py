@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from bilevel.method import Method
     from bilevel.state import State
 
-VERSION = 7
+VERSION = 8
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import combinations, islice
 from typing import Any
@@ -20,8 +21,8 @@ class Cycle:
     """The batches of ``data`` again and again; a new pass calls ``iter(data)`` anew.
 
     The position is the number of batches of the present pass and the generators at its start, so
-    that a shuffling DataLoader goes on with the same order; where a batch was looked at ahead of
-    its turn, the position before it. Data that has ``state_dict`` and
+    that a shuffling DataLoader goes on with the same order; where batches were looked at ahead of
+    their turn, the position before them. Data that has ``state_dict`` and
     ``load_state_dict`` (a stateful loader) keeps its own position. A sampler that has
     ``set_epoch`` (a DistributedSampler) is told the number of the pass, and so shuffles anew; so
     is a batch sampler, and the sampler in it. What workers draw that stay from pass to pass
@@ -66,8 +67,9 @@ class Cycle:
         stay = bool(getattr(data, "persistent_workers", False))
         self._starts = stay and not hasattr(data, "load_state_dict")  # workers that stay
         self._start: dict[str, Any] = {}
-        self._ahead: tuple[Any, Exception | None] | None = None  # what comes next, read already
-        self._before: dict[str, Any] = {}  # the state before that
+        # what comes next, where it was read already: the batch or why there is none, and the state
+        # before it
+        self._ahead: deque[tuple[Any, Exception | None, dict[str, Any]]] = deque()
         try:
             self.length = len(data)
         except (TypeError, NotImplementedError):  # as of an IterableDataset
@@ -77,22 +79,33 @@ class Cycle:
         self._one = self._listed and self.length == 1  # stays at its start
 
     def next(self) -> Any:
-        if self._ahead is None:
+        if not self._ahead:
             return self._read()
-        (batch, error), self._ahead = self._ahead, None
+        batch, error, _ = self._ahead.popleft()
         if error is not None:
             raise error
         return batch
 
     def peek(self) -> Any:
         """What ``next`` will give; None where it will raise."""
-        if self._ahead is None:
-            self._before = self._state()
+        self._look(1)
+        return self._ahead[0][0]
+
+    def look(self, count: int) -> list[Any]:
+        """What ``take`` will give, or raise."""
+        self._look(count)
+        for _, error, _ in islice(self._ahead, count):
+            if error is not None:
+                raise error
+        return [batch for batch, _, _ in islice(self._ahead, count)]
+
+    def _look(self, count: int) -> None:
+        while len(self._ahead) < count and not (self._ahead and self._ahead[-1][1]):
+            before = self._state()
             try:
-                self._ahead = self._read(), None
+                self._ahead.append((self._read(), None, before))
             except Exception as error:
-                self._ahead = None, error
-        return self._ahead[0]
+                self._ahead.append((None, error, before))
 
     def _read(self) -> Any:
         batch = self.data[0] if self._one else self._advance()
@@ -167,9 +180,10 @@ class Cycle:
                 generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._ahead is None:
+        if not self._ahead:
             return self._state()
-        return {**self._before, "ahead": True}
+        # a pass that begins among them draws from the generators as they were then
+        return {**self._ahead[0][2], "ahead": [before.get("now", {}) for *_, before in self._ahead]}
 
     def _state(self) -> dict[str, Any]:
         if hasattr(self.data, "load_state_dict"):
@@ -184,10 +198,11 @@ class Cycle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the global generators are left as they are."""
         present = all_generators(CPU)
-        self._ahead = None
+        self._ahead.clear()
         self._go(state)
-        if state.get("ahead"):
-            self.peek()
+        for count, now in enumerate(state.get("ahead", []), 1):
+            self._restore(now)
+            self._look(count)
         restore_generators(present, CPU)
 
     def _go(self, state: dict[str, Any]) -> None:

@@ -169,7 +169,8 @@ class Iterations:
         hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
-        inner = self._inner(oracle, i, stored, (x, start if self.method.fresh else before), k, inner_last)
+        begin = start if self.method.fresh else before
+        inner = self._inner(oracle, i, stored, (x, begin), k, inner_last)
         y = inner.y
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle

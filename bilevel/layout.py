@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ class Layout:
         self.module = value if isinstance(value, nn.Module) else None
         if self.module is not None:
             self.tree: Any = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
+            order = {id(p): i for i, p in enumerate(self.tree.values())}
+            # a layer may have several names, and a parameter several places
+            self._places: list[tuple[dict[str, Any], str, int]] = [
+                (owner._parameters, key, order[id(parameter)])
+                for owner in self.module.modules()
+                for key, parameter in owner._parameters.items()
+                if id(parameter) in order
+            ]
             if not self.tree:
                 raise ValueError(
                     f"{name} is a Module ({type(value).__name__}) with no parameter that requires "
@@ -141,6 +150,23 @@ class Layout:
     def unflatten(self, vector: Tensor) -> Any:
         """The tree of views of ``vector``; for a Module, a dict of its parameters by name."""
         return rebuild(self.tree, iter(self.parts(vector)))
+
+    @contextmanager
+    def bound(self, vector: Tensor) -> Iterator[Any]:
+        """The value that ``vector`` is, as a loss sees it: the tree, or the Module, which has it in
+        place of its parameters as long as this lasts."""
+        if self.module is None:
+            yield self.unflatten(vector)
+            return
+        parts = self.parts(vector)
+        own = [held[key] for held, key, _ in self._places]
+        for held, key, i in self._places:
+            held[key] = parts[i]
+        try:
+            yield self.module
+        finally:
+            for (held, key, _), parameter in zip(self._places, own, strict=True):
+                held[key] = parameter
 
     def export(self, vector: Tensor) -> Variable:
         """The value as the user gave it: new tensors, or the Module with this value written in."""

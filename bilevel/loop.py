@@ -24,7 +24,7 @@ from bilevel.problem import Problem, make_oracle
 from bilevel.progress import Bar
 from bilevel.record import Record, Result
 from bilevel.state import State
-from bilevel.validate import validated
+from bilevel.validate import NotFinite, validated
 
 MAX_FAILURES = 10  # outer searches that fail one after the other before the run gives up
 
@@ -61,7 +61,8 @@ def solve(
             a Module, which is called inside the losses as usual (``y(x(images))``). Trees are not
             modified; a Module ends holding the solution.
         outer_data, inner_data: re-iterables of batches (a DataLoader, a list), cycled. Of the
-            outer ones an iteration of :func:`bisls` reads up to eight, as their noise asks for.
+            outer ones an iteration of :func:`bisls` reads up to eight, as their noise asks for;
+            second derivatives are of those inner ones that y learns from next.
         method: 'bisls-adam', 'bisls-sgd', 'bisps', 'adam', 'sgd', or an object made by
             :func:`bisls`, :func:`bisps` or :func:`fixed`.
         data: instead of the two, an iterable of (outer_batch, inner_batch) pairs, one per outer
@@ -197,8 +198,11 @@ def solve(
             rules = method.outer_rule, method.inner_rule
             searches = any(rule.searches(0, None) for rule in rules)
             first = batches[0], batches[1][0]
-            feasible = validated(oracle, *state.vectors, *first, searches=searches)
-            state = replace(state, vectors=(feasible, start), cost=oracle.cost)
+            try:
+                feasible = validated(oracle, *state.vectors, *first, searches=searches)
+                state = replace(state, vectors=(feasible, start), cost=oracle.cost)
+            except NotFinite as error:  # which ends the run, in its first iteration
+                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         while state.k < steps and not ended:
             before = begin = state
             if not warm_start:
@@ -317,7 +321,11 @@ def _stops(
 
 
 class _Source:
-    """The batches of one outer iteration, as :meth:`bilevel.method.Method.step` takes them."""
+    """The batches of one outer iteration, as :meth:`bilevel.method.Method.step` takes them.
+
+    What only judges, or is differentiated twice, is looked at ahead of its turn: where the order is
+    always the same, a batch that has no other turn would never be learned from.
+    """
 
     def __init__(self, outer: Any, inner: Any, pairs: Any, steps: int, ranks: Ranks) -> None:
         self._cycles = {
@@ -348,9 +356,7 @@ class _Source:
             cycle, length = self._cycles["outer_data"], self._lengths["outer_data"]
             count, judges = outer
             first, *more = cycle.take(averaged(count, judges, length))
-            if judges and length > 1:
-                # its turn comes in the next iteration: where the order is always the same, what is
-                # only ever judged by would never be learned from
+            if judges and length > 1:  # its turn comes in the next iteration
                 judge = cycle.peek()
                 if judge is None and not self._alone:
                     cycle.next()  # raises, as every rank must, or none
@@ -359,7 +365,8 @@ class _Source:
             return first, [None] * self._steps, None, more
         cycle = self._cycles["inner_data"]
         inner = cycle.take(self._steps)
-        drawn = cycle.take(1 if self._lengths["inner_data"] == 1 else sum(hessian))
+        # theirs, too: y will learn from them
+        drawn = cycle.look(1 if self._lengths["inner_data"] == 1 else sum(hessian))
         if not self._alone:  # ranks need as many each, to compute the same things
             drawn = drawn[: self._different["inner_data"]]
         elif len(drawn) > 1:

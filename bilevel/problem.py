@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -214,14 +215,35 @@ class Oracle:
     def call(self, level: str, x: Tensor, y: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """The loss as a pure function of two vectors and a batch."""
         loss = self.problem.outer if level == "outer" else self.problem.inner
-        X, Y = self.x.unflatten(x), self.y.unflatten(y)
-        if self._pair is None:
+        if self._pair is not None and torch.compiler.is_compiling():
+            return self._call_in_graph(loss, x, y, batch)
+        with self.x.bound(x) as X, self.y.bound(y) as Y:
             return loss(X, Y, *batch)
-        bound = {}
-        for name, layout, value in (("x", self.x, X), ("y", self.y, Y)):
-            if layout.module is not None:
-                bound.update({f"{name}.{key}": part for key, part in value.items()})
-        return functional_call(self._pair, bound, (loss, X, Y, batch))
+
+    def _call_in_graph(
+        self, loss: Callable[..., Tensor], x: Tensor, y: Tensor, batch: tuple[Any, ...]
+    ) -> Tensor:
+        """By the only exchange of parameters that the compiler can follow."""
+        assert self._pair is not None
+        X, Y = self.x.unflatten(x), self.y.unflatten(y)
+        parameters = {
+            f"{name}.{key}": part
+            for name, layout, value in (("x", self.x, X), ("y", self.y, Y))
+            if layout.module is not None
+            for key, part in value.items()
+        }
+        return functional_call(self._pair, parameters, (loss, X, Y, batch))
+
+    def bound(self, x: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+        """Modules hold this point: while derivatives are taken as well, on the way to which a loss
+        that is checkpointed calls them again."""
+        if self._pair is None:
+            return nullcontext()
+        stack = ExitStack()
+        with torch.enable_grad():  # what is done again is to save what was saved before
+            stack.enter_context(self.x.bound(x))
+            stack.enter_context(self.y.bound(y))
+        return stack
 
     def replayed(self, level: str, draw: Draw, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, of a loss, with the randomness of the draw."""
@@ -291,10 +313,11 @@ class Oracle:
         self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            value = self._loss(level, x, y, draw)
-            if not value.requires_grad:
-                return value, (False, False)
-            gx, gy = torch.autograd.grad(value, (x, y), allow_unused=True)
+            with self.bound(x, y):
+                value = self._loss(level, x, y, draw)
+                if not value.requires_grad:
+                    return value, (False, False)
+                gx, gy = torch.autograd.grad(value, (x, y), allow_unused=True)
         return value.detach(), (gx is not None, gy is not None)
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,8 +325,9 @@ class Oracle:
         self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            value = self._loss("outer", x, y, draw)
-            fx, fy = _gradients(value, (x, y))
+            with self.bound(x, y):
+                value = self._loss("outer", x, y, draw)
+                fx, fy = _gradients(value, (x, y))
         return value.detach(), fx, fy
 
     def inner_gradient(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -313,8 +337,9 @@ class Oracle:
             y = y.detach().requires_grad_()
             if self.problem.habit.recorded:
                 x = x.detach().requires_grad_()
-            value = self._loss("inner", x, y, draw)
-            (gy,) = _gradients(value, (y,))
+            with self.bound(x, y):
+                value = self._loss("inner", x, y, draw)
+                (gy,) = _gradients(value, (y,))
         return value.detach(), gy
 
     def inner_gradient_beside(
@@ -334,8 +359,9 @@ class Oracle:
         self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            value = self._loss("inner", x, y, draw)
-            gx, gy = _gradients(value, (x, y))
+            with self.bound(x, y):
+                value = self._loss("inner", x, y, draw)
+                gx, gy = _gradients(value, (x, y))
         return value.detach(), gx, gy
 
     def record(self, x: Tensor, y: Tensor, draw: Draw) -> Products:
@@ -393,8 +419,10 @@ class Pullback:
         self._cost.gradients += draw.count
         with torch.enable_grad():
             self._x, self._y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            value = oracle._loss("inner", self._x, self._y, draw)
-            (self._gy,) = _gradients(value, (self._y,), create_graph=True)
+            self._bound = partial(oracle.bound, self._x, self._y)
+            with self._bound():
+                value = oracle._loss("inner", self._x, self._y, draw)
+                (self._gy,) = _gradients(value, (self._y,), create_graph=True)
         self.value, self.gradient = value.detach(), self._gy.detach()
 
     def product(self, u: Tensor) -> Tensor:
@@ -406,7 +434,13 @@ class Pullback:
             self._hessian = self._rows()
         if self._hessian is not None:
             return self._hessian @ u
-        return _gradients(self._gy, (self._y,), u, retain_graph=True)[0]
+        return self._back(self._gy, (self._y,), u)[0]
+
+    def _back(
+        self, output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor, **options: bool
+    ) -> tuple[Tensor, ...]:
+        with self._bound():
+            return _gradients(output, inputs, seed, retain_graph=True, **options)
 
     def _rows(self) -> Tensor | None:
         """g_yy, or None where its rows cannot be had in one pass."""
@@ -414,9 +448,7 @@ class Pullback:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of operations that are done row by row
-                rows = _gradients(
-                    *(self._gy, (self._y,), unit), retain_graph=True, is_grads_batched=True
-                )
+                rows = self._back(self._gy, (self._y,), unit, is_grads_batched=True)
         except RuntimeError:  # as from an autograd.Function without a rule for it
             self._habit.largest = None
             return None
@@ -425,7 +457,7 @@ class Pullback:
     def both(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """g_xy u, shape of x, and g_yy u, shape of y, in one pass."""
         self._cost.hessian_products += self._count
-        gxy, gyy = _gradients(self._gy, (self._x, self._y), u, retain_graph=True)
+        gxy, gyy = self._back(self._gy, (self._x, self._y), u)
         return gxy, gyy
 
     def forward(self, d: Tensor) -> Tensor:
@@ -438,8 +470,8 @@ class Pullback:
         self._cost.hessian_products += self._count
         with torch.enable_grad():
             u = torch.zeros_like(self._gy, requires_grad=True)
-            (gxy,) = _gradients(self._gy, (self._x,), u, retain_graph=True, create_graph=True)
-            return _gradients(gxy, (u,), d, retain_graph=True)[0]
+            (gxy,) = self._back(self._gy, (self._x,), u, create_graph=True)
+            return self._back(gxy, (u,), d)[0]
 
 
 def _gradients(

@@ -179,6 +179,10 @@ def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -
         )
 
 
+class NotFinite(ValueError):
+    """A loss that is NaN or inf where a run begins."""
+
+
 def validated(
     oracle: Oracle,
     x: Tensor,
@@ -227,7 +231,7 @@ def validated(
         look = partial(oracle.dependence, level, x, y, draw)
         value, depends = _enriched(f"the {level} loss", called, look)
         if not torch.isfinite(value):
-            raise ValueError(
+            raise NotFinite(
                 f"the {level} loss is {float(value)} at the start; choose a start (or a batch) "
                 f"where it is finite."
             )

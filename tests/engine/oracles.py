@@ -155,7 +155,7 @@ def fresh_batches() -> None:
     assert len(result.history) == 4
     x = x.numpy()
     for k, (new, y) in enumerate(points):
-        up, low = cases[k % 3], cases[[3, 4, 5, 0][(3 * k + 2) % 4]]
+        up, low = cases[k % 3], cases[[3, 4, 5, 0][(2 * k + 2) % 4]]
         cross = np.diag(np.exp(x) * y)
         h = up.outer_x(x, y) - cross @ np.linalg.solve(low.hessian(x), up.outer_y(x, y))
         assert relative(x - new, 0.1 * h) < 1e-9

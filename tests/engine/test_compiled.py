@@ -61,6 +61,30 @@ def test_any_number_of_problems_in_one_process():
             bilevel.solve(f, g, start, start, method="sgd", steps=4, inner_steps=1, compile=True)
 
 
+def test_modules_are_in_the_graph():
+    """With the parameters that they had, a layer of two names among them."""
+
+    def solve(compile):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        x = torch.nn.Sequential(layer, torch.nn.Tanh(), layer).double()
+        y, given = torch.nn.Linear(4, 1).double(), list(x.parameters())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "compile=True does not|.*cannot be compiled")
+            result = bilevel.solve(
+                lambda x, y: (y(x(A)) ** 2).mean() + y(x(A)).mean(),
+                lambda x, y: ((y(x(A)) - 1) ** 2).mean() + (y.weight**2).sum(),
+                *(x, y),
+                **{"method": "sgd", "steps": 4, "inner_steps": 2, "compile": compile},
+            )
+        assert all(p is q for p, q in zip(given, x.parameters(), strict=True))
+        return result.state.vectors
+
+    A = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for fast, plain in zip(solve(True), solve(False), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-12)
+
+
 def test_what_cannot_be_compiled_falls_back_to_the_same_bits():
     case = RIDGES[0]
 

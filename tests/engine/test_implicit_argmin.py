@@ -64,6 +64,29 @@ def test_second_derivatives():
     assert relative(hessian(bilevel.implicit(inner, argmin)), hessian(argmin)) < 1e-6
 
 
+def test_a_way_to_y_that_takes_gradients_of_its_own():
+    """As any loop of training does; none of them reach x."""
+
+    def trained(x):
+        y = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([y], max_iter=500, tolerance_grad=1e-14, tolerance_change=0)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = RIDGE.inner(x, y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return y
+
+    x = RIDGE.x.clone().requires_grad_()
+    y = bilevel.implicit(RIDGE.inner, trained, SOLVER)(x)
+    assert x.grad is None
+    RIDGE.outer(x, y).backward()
+    assert relative(x.grad, RIDGE.exact) < 1e-6
+
+
 def test_under_vmap():
     case = RIDGE
     y_star = bilevel.implicit(case.inner, solve_ridge, SOLVER)

@@ -375,6 +375,19 @@ def test_a_step_that_is_too_long_warns_and_tells():
     assert float(h.residual) > 1e3
 
 
+def test_one_draw_of_random_length_tells_of_no_divergence():
+    """Its residual is above one every now and then, at any step."""
+    case, residuals = RIDGES[0], []
+    torch.manual_seed(0)
+    for _ in range(60):
+        h = bilevel.hypergradient(
+            *(case.outer, case.inner, case.x, case.y_star),
+            method=Implicit(StochasticNeumann(10, step=0.5 / case.L, form="random")),
+        )
+        residuals.append(float(h.residual))
+    assert max(residuals) > 1
+
+
 # -- stochastic Neumann ---------------------------------------------------------------------------
 
 
@@ -486,7 +499,7 @@ def test_a_fresh_batch_per_factor_in_a_run():
     method = bilevel.fixed("sgd", 0.1, 0.1, Implicit(StochasticNeumann(3, step=0.2)))
     bilevel.solve(outer, inner, torch.zeros(4).double(), torch.zeros(4).double(),
                   inner_data=Batches(), method=method, steps=2, inner_steps=2)  # fmt: skip
-    assert len(drawn) == 2 * (2 + 3)  # inner steps, then one per factor
+    assert len(drawn) == 2 * 2 + 3  # inner steps, and a look at one per factor
     # the first iteration: steps on 0, 1; the Hessian batches are 2, 3, 0: seen once each or more
     assert {2, 3} <= set(seen)
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import bilevel
@@ -148,6 +149,65 @@ def test_tied_weights_stay_tied():
     both = two["first.weight"] + two["second.weight"]
     assert torch.allclose(one["first.weight"], both, rtol=1e-8, atol=1e-12)
     assert not torch.allclose(one["first.weight"], two["first.weight"], rtol=1e-2)
+
+
+class Shared(nn.Module):
+    """One layer used twice, under three names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.layer, self.layer])
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            inputs = layer(inputs).tanh()
+        return inputs.mean(1)
+
+
+class Once(nn.Module):
+    """The same, under one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.layer(self.layer(inputs).tanh()).tanh().mean(1)
+
+
+class Checkpointed(Shared):
+    """The same, whose activations are computed again on the way back."""
+
+    def forward(self, inputs):
+        return torch.utils.checkpoint.checkpoint(super().forward, inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("kind", [Shared, Checkpointed])
+def test_layers_of_several_names_and_checkpointed_ones(kind, level):
+    """To the last bit, and with the parameters that the Module had."""
+
+    def found(kind):
+        modules = [*pair(kind, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()]
+        (a, la), (b, lb) = images(), images(seed=1)
+        if level == 0:
+            x, y, loss = modules[0], modules[1], lambda x, y, z: y(x(z))
+        else:
+            x, y, loss = modules[2], modules[0], lambda x, y, z: x(y(z))
+        given = list(modules[0].parameters())
+        result = bilevel.solve(
+            lambda x, y: cross_entropy(loss(x, y, b), lb),
+            lambda x, y: cross_entropy(loss(x, y, a), la) + ridge_of(y),
+            *(x, y),
+            **{"steps": 6, "inner_steps": 3},
+        )
+        assert all(p is q for p, q in zip(given, modules[0].parameters(), strict=True))
+        assert all(isinstance(p, nn.Parameter) for p in modules[0].parameters())
+        return result.state.vectors
+
+    for one, other in zip(found(kind), found(Once), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_frozen_parameters_are_not_touched():

@@ -133,7 +133,7 @@ def test_solve_is_a_loop_over_the_step_level(name):
 
 
 def test_solve_is_a_loop_with_batches():
-    """The order of the batches: inner steps, then those of the Hessian; cycled."""
+    """The order of the batches: inner steps, and those of the next ones for the Hessian; cycled."""
 
     def inner(x, y, batch):
         return ((y - batch * x) ** 2).sum()
@@ -159,10 +159,31 @@ def test_solve_is_a_loop_with_batches():
         problem, state, at = Problem(outer, inner), method.init(x, y), 0
         for k in range(6):
             taken = [inner_data[(at + j) % 7] for j in range(5)]
-            at += 5
+            at += 3
             more = [outer_data[(k + 1) % 2]]
             state, _ = method.step(problem, state, outer_data[k % 2], taken[:3], taken[3:], more)
         assert torch.equal(result.x, state.x) and torch.equal(result.y, state.y)
+
+
+@pytest.mark.parametrize("count", [11, 12, 13])
+def test_y_learns_from_every_batch(count):
+    """Ten steps and two for the Hessian are twelve: the last two of a list of as many as that would
+    have no other turn."""
+    stepped = []
+
+    def record(x, y, batches):
+        stepped.extend(batches)
+        return y - 0.02 * (y - x)
+
+    for method in (bilevel.fixed(inner_solver=record), bilevel.bisls(inner_solver=record)):
+        stepped.clear()
+        bilevel.solve(
+            lambda x, y: (y - 1) ** 2,
+            lambda x, y, j: 0.5 * (y - x - j) ** 2,
+            *(t(0.0), t(0.0)),
+            **{"inner_data": list(range(count)), "steps": count, "method": method},
+        )
+        assert [stepped.count(j) for j in range(count)] == [10] * count
 
 
 def test_pairs():
@@ -544,7 +565,8 @@ def test_a_loss_that_becomes_not_finite(level, bad, name):
             return lambda x, y, scale: scale * base(x, y)
         return base
 
-    data = {f"{level}_data": [t(1.0)] * (3 if level == "outer" else 15) + [t(bad)] * 9}
+    count = 3 if level == "outer" else 11  # of which the third iteration looks at two ahead
+    data = {f"{level}_data": [t(1.0)] * count + [t(bad)] * 9}
     result = bilevel.solve(
         loss("outer"), loss("inner"), case.x, case.y, method=name, steps=6, inner_steps=3, **data
     )
@@ -556,6 +578,21 @@ def test_a_loss_that_becomes_not_finite(level, bad, name):
         loss("outer"), loss("inner"), case.x, case.y, method=name, steps=3, inner_steps=3, **data
     )
     assert torch.equal(result.x, good.x) and torch.equal(result.y, good.y)
+
+
+@pytest.mark.parametrize("level", ["outer", "inner"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_that_is_not_finite_at_the_start(level, bad, compile):
+    """Ends the run where it began, with a word; nothing is raised."""
+    case = RIDGES[0]
+    losses = {"outer": case.outer, "inner": case.inner}
+    losses[level] = lambda x, y: bad * getattr(case, level)(x, y)
+    with pytest.warns(RuntimeWarning, match=f"the {level} loss is {bad} at the start; choose"):
+        result = bilevel.solve(**losses, x=case.x, y=case.y, compile=compile)
+    assert result.reason.startswith(f"stopped at iteration 0: the {level} loss is ")
+    assert torch.equal(result.x, case.x) and torch.equal(result.y, case.y)
+    assert len(result.history) == 1 and result.history[0].failure
 
 
 def test_a_hypergradient_that_is_not_finite():

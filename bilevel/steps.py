@@ -42,7 +42,7 @@ def envelope(step: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tens
     return torch.clamp(torch.clamp(step, min=lower), max=upper)
 
 
-def schedule(initial: float, k: int, power: float = 0.5) -> float:
+def schedule(initial: float, k: int | Tensor, power: float = 0.5) -> float | Tensor:
     """initial / (k + 1)^power: power 1/2 for convex and non-convex, 1 for strongly convex."""
     return initial / (k + 1) ** power
 

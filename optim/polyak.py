@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from bilevel.steps import schedule
 from optim import rules
 from optim.base import Optimizer
 from optim.rules import Decision, Memory
@@ -203,5 +204,5 @@ class SPSB(Optimizer):
 
     def _rule(self, gap: Tensor, norm2: Tensor, s: Memory) -> tuple[Decision, Memory]:
         o = self.param_groups[0]
-        cap = rules.bound(o["cap"], s["k"], o["decay"])
+        cap = schedule(o["cap"], s["k"], o["decay"])
         return rules.capped(gap, o["c"] * norm2, cap), {"k": s["k"] + 1}

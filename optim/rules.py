@@ -12,12 +12,12 @@ References: SPS arXiv 2002.10542; SPS*, IAM 2504.01898; schedule-free Polyak 251
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilevel.steps import polyak, schedule
+from bilevel.steps import polyak
 
 Memory = dict[str, Tensor]
 
@@ -41,11 +41,6 @@ def capped(
     step = polyak(gap, denominator).clamp(max=cap)
     step = torch.where(norm2 > 0, step, torch.zeros_like(step))
     return Decision(step, gap, denominator, norm2, cap)
-
-
-def bound(max_lr: float, k: Tensor, decay: float) -> Tensor:
-    """max_lr / (k + 1)^decay, the bound of SPSB and SLSB (arXiv 2305.18666)."""
-    return schedule(max_lr, cast(int, k), decay)  # type: ignore[return-value]
 
 
 def safeguarded(

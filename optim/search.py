@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from bilevel import require
 from bilevel.reuse import without_graph
-from bilevel.steps import Search, armijo
+from bilevel.steps import Search, armijo, schedule
 from optim import check, rules
 from optim.base import Closure, Last, Optimizer, Scalar, _scalar
 from optim.blocks import wide
@@ -289,7 +289,7 @@ class SLSB(_LineSearch):
 
     def _first_trial(self, s: Memory) -> float:
         o = self.param_groups[0]
-        return float(rules.bound(o["cap"], s["k"], o["decay"]))
+        return float(schedule(o["cap"], s["k"], o["decay"]))
 
 
 class AdaSLS(_LineSearch):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bilevel.require import shown, told
 
@@ -70,6 +71,12 @@ class Layout:
         self.name = name
         self.module = value if isinstance(value, nn.Module) else None
         if self.module is not None:
+            lazy = [k for k, p in self.module.named_parameters() if is_lazy(p)]
+            if lazy:
+                raise ValueError(
+                    f"{name} is a Module ({type(value).__name__}) whose parameters "
+                    f"{', '.join(lazy)} have no shape yet; call it once on a batch before."
+                )
             self.tree: Any = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
             order = {id(p): i for i, p in enumerate(self.tree.values())}
             # a layer may have several names, and a parameter several places

@@ -32,7 +32,7 @@ class _LineSearch(Optimizer):
 
     _memory = {"k": 0.0, "accepted": 0.0}
     _common: tuple[str, ...] = ("max_lr", "c", "shrink", "reset")
-    _checks = {"c": check.number("(0, 1)")}
+    _checks = {"c": check.number("(0, 1)"), "max_lr": check.number("(0, inf)")}
     _last: Last | None = None
     searches = True  # tells :mod:`bilevel.inner_solver` what closure it takes
 
@@ -212,7 +212,7 @@ class SLS(_LineSearch):
 
     Args:
         params: parameters or groups of them.
-        max_lr: first trial of the first step and cap of all, > 0.
+        max_lr: first trial of the first step and cap of all, > 0 and finite.
         c: share of the predicted decrease that is asked for, in (0, 1); 0.5 where convex.
         shrink: factor after a refusal, in (0, 1).
         reset: first trial of a step: "grow": the last accepted step / shrink; "last": the last
@@ -256,7 +256,7 @@ class SLSB(_LineSearch):
 
     Args:
         params: parameters or groups of them.
-        max_lr: gamma_{b,0} > 0.
+        max_lr: gamma_{b,0} > 0, finite.
         decay: p >= 0; 1/2 for convex and non-convex, 1 for strongly convex losses.
         c: share of the predicted decrease that is asked for, in (0, 1).
         shrink: omega, factor after a refusal, in (0, 1).

@@ -15,6 +15,7 @@ from .files import write
 from .run import Run, add_resume, progress
 
 Result = dict[str, Any]
+MODEL = "model.pt"  # the best of the models that were trained, where they are worth keeping
 
 
 class Cells:
@@ -40,7 +41,8 @@ class Cells:
             lines = [json.dumps([key, result]) for key, result in self._kept.items()]
             write(self.path, "".join(line + "\n" for line in lines).encode())
         else:
-            self.path.unlink(missing_ok=True)
+            for left in (self.path, run.folder / MODEL):
+                left.unlink(missing_ok=True)
         self._bar = iter(progress(range(total), total, "runs", quiet))
 
     def __call__(self, compute: Callable[[], Result], **key: Any) -> Result:

@@ -18,7 +18,7 @@ from torch import nn
 
 import optim
 
-from .cells import Cells, Result, band, spread
+from .cells import MODEL, Cells, Result, band, spread
 from .cells import add_arguments as add_common
 from .data.tokens import Tokens
 from .dog import DoG
@@ -177,12 +177,15 @@ def compare(
 
             def fit(key: dict[str, Any] = key) -> Result:
                 torch.manual_seed(key["seed"])  # of dropout
-                return Fit(
+                training = Fit(
                     fresh(key["seed"]), methods[key["method"]], key["rate"],
                     training_batches(data, options, key["seed"]), validation, options.steps,
                     options.accumulate, teacher, PRECISIONS[options.precision],
                     run.folder / "checkpoint.pt", options.checkpoint_every, key,
-                )(options.resume)  # fmt: skip
+                )  # fmt: skip
+                result = training(options.resume)
+                training.keep_best(run.folder / MODEL, finals([result])[0])
+                return result
 
             results.setdefault((name, rate), []).append(cells(fit, **key))
     return results

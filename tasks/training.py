@@ -200,6 +200,14 @@ class Fit:
             },
         )  # fmt: skip
 
+    def keep_best(self, path: Path, loss: float) -> None:
+        """Write the weights to ``path``, with their validation loss and key, if no lower one is
+        there."""
+        if not loss < (load_checkpoint(path)["loss"] if path.exists() else math.inf):
+            return
+        self._mode("eval")  # of an average, the weights that were validated
+        save_checkpoint(path, {"loss": loss, "key": self.key, "model": self.model.state_dict()})
+
     def restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])

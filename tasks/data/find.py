@@ -27,7 +27,10 @@ def places(root: str | Path | None) -> Iterator[tuple[Path, str]]:
         if value:
             place = Path(value).expanduser()
             if not exists(place):
-                raise MissingData(f"{origin} names {place}, which does not exist")
+                raise MissingData(
+                    f"{origin} names {place}, which does not exist: make it and put the data "
+                    f"there, or name the folder that has it by --root or $BILEVEL_DATA"
+                )
             yield place, origin
     yield cache_folder(), "downloads"
 

@@ -66,7 +66,10 @@ def load_text(
         raise ValueError(f"validation is a share of the text between 0 and 1, not {validation}")
     path = _shakespeare(root) if str(source) == SHAKESPEARE else Path(source).expanduser()
     if not exists(path):
-        raise MissingData(f"there is no text file {path}")
+        raise MissingData(
+            f"there is no text file {path}: name one that there is by --text, or leave it out for "
+            f"{SHAKESPEARE}"
+        )
     content = read(path)
     try:
         text = content.decode("utf-8-sig")

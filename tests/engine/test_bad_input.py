@@ -151,6 +151,11 @@ CASES = {
         ValueError,
         ["y =", "no numbers"],
     ),
+    "a lazy Module": (
+        lambda: solve(x=nn.LazyLinear(2)),
+        ValueError,
+        ["x is a Module (LazyLinear)", "weight, bias", "call it once"],
+    ),
     "a frozen Module": (
         lambda: solve(outer=never, x=nn.Linear(2, 2).requires_grad_(False)),
         ValueError,

@@ -517,6 +517,9 @@ def test_oracle_needs_its_target():
         (optim.SPS, {"max_lr": -1.0}),
         (optim.SPS, {"c": math.nan}),
         (optim.SPSPlus, {"max_lr": 0.0}),
+        (optim.SLS, {"max_lr": math.inf}),  # from which there is no way back by halves
+        (optim.SLSB, {"max_lr": math.inf}),
+        (optim.AdaSLS, {"max_lr": math.inf}),
         (optim.SafeguardedSPS, {"safeguard": -1.0}),
         (optim.SafeguardedSPS, {"safeguard": "mean"}),
         (optim.SafeguardedSPS, {"safeguard": "ema", "rho": 1.0}),

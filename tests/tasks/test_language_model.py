@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tasks.training as training
+from bilevel.checkpoint import load as load_checkpoint
 from tasks import language_model as task
 from tasks.__main__ import main, parse
 from tasks.data.tokens import TokenBlocks, map_tokens, unsigned, write_tokens
@@ -269,8 +270,11 @@ def test_a_run(tmp_path, text, model):
     assert main([*arguments(text, folder), "--model", model, *extra]) == 0
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "history.csv", "summary.json", "cells.jsonl", "tokens",
-        "validation-loss.png", "step-size.png", "sensitivity.png",
+        "validation-loss.png", "step-size.png", "sensitivity.png", "model.pt",
     }  # fmt: skip
+    kept, lines = load_checkpoint(folder / "model.pt"), (folder / "cells.jsonl").read_text()
+    ends = [json.loads(line)[1]["rows"][-1]["validation loss"] for line in lines.splitlines()]
+    assert kept["loss"] == min(ends) and len(kept["model"]) > 4
     summary = json.loads((folder / "summary.json").read_text())
     assert all(row["loss"] > 0 for row in summary["validation loss"])
     assert summary["tokens per step"] == 64
@@ -293,6 +297,9 @@ def test_a_killed_comparison_writes_the_same(tmp_path, text, monkeypatch):
     assert main([*arguments(text, tmp_path / "a"), *chosen, "--resume"]) == 0
     for name in ("history.csv", "summary.json", "cells.jsonl"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    one, other = (load_checkpoint(tmp_path / name / "model.pt") for name in ("a", "whole"))
+    assert one["key"] == other["key"] and one["loss"] == other["loss"]
+    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
 
 
 def test_a_missing_package_leaves_its_method_out(tmp_path, text, monkeypatch):

@@ -76,9 +76,10 @@ class Cycle:
             self.length = UNKNOWN
         self._listed = type(data) in (list, tuple)  # and draws no random numbers
         self.different = self.length if self._listed else UNKNOWN
-        self._one = self._listed and self.length == 1  # stays at its start
 
     def next(self) -> Any:
+        if self._listed:
+            return self.take(1)[0]
         if not self._ahead:
             return self._read()
         batch, error, _ = self._ahead.popleft()
@@ -88,11 +89,15 @@ class Cycle:
 
     def peek(self) -> Any:
         """What ``next`` will give; None where it will raise."""
+        if self._listed:
+            return self._listing(1)[0]
         self._look(1)
         return self._ahead[0][0]
 
     def look(self, count: int) -> list[Any]:
         """What ``take`` will give, or raise."""
+        if self._listed:
+            return self._listing(count)
         self._look(count)
         for _, error, _ in islice(self._ahead, count):
             if error is not None:
@@ -107,13 +112,37 @@ class Cycle:
             except Exception as error:
                 self._ahead.append((None, error, before))
 
+    def _listing(self, count: int) -> list[Any]:
+        """The next ones of a list, which need not be read to be looked at."""
+        data, at = self.data, self._position
+        length = len(data)
+        if not length:
+            raise self._empty()
+        at = at if at < length else 0  # it may have become shorter
+        found = [data[at]] if count == 1 else list(data[at : at + count])
+        if len(found) < count:
+            found = [data[(at + j) % length] for j in range(count)]
+        for batch in found:
+            if batch is None:
+                raise self._none()
+        return found
+
+    def _empty(self) -> ValueError:
+        return ValueError(
+            f"{self.name} is empty: iterating over it gave no batch; pass at least one "
+            f"(with a DataLoader, see drop_last and the length of its dataset)."
+        )
+
+    def _none(self) -> TypeError:
+        return TypeError(
+            f"{self.name} gave None as a batch, which stands for no batch at all; give "
+            f"something else, or pass {self.name}=None and write a loss without a batch."
+        )
+
     def _read(self) -> Any:
-        batch = self.data[0] if self._one else self._advance()
+        batch = self._advance()
         if batch is None:
-            raise TypeError(
-                f"{self.name} gave None as a batch, which stands for no batch at all; give "
-                f"something else, or pass {self.name}=None and write a loss without a batch."
-            )
+            raise self._none()
         return batch
 
     def _advance(self) -> Any:
@@ -124,17 +153,18 @@ class Cycle:
             batch = next(self._iterator)
         except StopIteration:
             if self._position == 0:
-                raise ValueError(
-                    f"{self.name} is empty: iterating over it gave no batch; pass at least one "
-                    f"(with a DataLoader, see drop_last and the length of its dataset)."
-                ) from None
+                raise self._empty() from None
             self._begin()
             return self._advance()
         self._position += 1
         return batch
 
     def take(self, count: int) -> list[Any]:
-        return [self.next()] if count == 1 else [self.next() for _ in range(count)]
+        if not self._listed:
+            return [self.next() for _ in range(count)]
+        found = self._listing(count)
+        self._position = (self._position + count) % len(self.data)
+        return found
 
     def _begin(self) -> None:
         for sampler in self._samplers():
@@ -162,22 +192,21 @@ class Cycle:
         return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
 
     def _generators(self) -> dict[str, Any]:
-        if self._listed:
-            return {}
         own = [generator.get_state() for generator in self._own()]
         return {"global": all_generators(CPU), "own": own}
 
     def _restore(self, states: dict[str, Any]) -> None:
-        if states:
-            restore_generators(states["global"], CPU)
-            own, saved = self._own(), states["own"]
-            if len(own) != len(saved):
-                raise ValueError(
-                    f"{self.name} has {len(own)} torch.Generator of its own, but the checkpoint "
-                    f"holds {len(saved)}; resume with the data of the interrupted run."
-                )
-            for generator, state in zip(own, saved, strict=True):
-                generator.set_state(state)
+        if not states:
+            return
+        restore_generators(states["global"], CPU)
+        own, saved = self._own(), states["own"]
+        if len(own) != len(saved):
+            raise ValueError(
+                f"{self.name} has {len(own)} torch.Generator of its own, but the checkpoint "
+                f"holds {len(saved)}; resume with the data of the interrupted run."
+            )
+        for generator, state in zip(own, saved, strict=True):
+            generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         if not self._ahead:
@@ -186,6 +215,8 @@ class Cycle:
         return {**self._ahead[0][2], "ahead": [before.get("now", {}) for *_, before in self._ahead]}
 
     def _state(self) -> dict[str, Any]:
+        if self._listed:
+            return {"position": self._position}
         if hasattr(self.data, "load_state_dict"):
             return {"data": self.data.state_dict(), "position": self._position}
         return {
@@ -210,6 +241,11 @@ class Cycle:
             self.data.load_state_dict(state["data"])
             self._iterator, self._position = iter(self.data), state["position"]
             return
+        if self._listed:
+            self._position = state["position"]
+            if self._position > len(self.data):
+                raise self._shorter(len(self.data), self._position)
+            return
         self._iterator, self._position, self._passes = None, 0, state["passes"]
         if not self._passes:
             return
@@ -221,11 +257,14 @@ class Cycle:
         for _ in islice(self._iterator, state["position"]):
             self._position += 1
         if self._position != state["position"]:
-            raise ValueError(
-                f"{self.name} ended after {self._position} batches, but the checkpoint was written "
-                f"after {state['position']}; resume with the data of the interrupted run."
-            )
+            raise self._shorter(self._position, state["position"])
         self._restore(state["now"])
+
+    def _shorter(self, found: int, saved: int) -> ValueError:
+        return ValueError(
+            f"{self.name} ended after {found} batches, but the checkpoint was written after "
+            f"{saved}; resume with the data of the interrupted run."
+        )
 
 
 def refuse_shared(cycles: Iterable[Cycle]) -> None:

@@ -24,7 +24,7 @@ from bilevel.layout import rebuild
 from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method
-from bilevel.noise import BOUND, MEMORY
+from bilevel.noise import Agreement, Noise
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments
 from bilevel.traced import Counted, Run, Traced, move
@@ -151,7 +151,8 @@ class Iterations:
         """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
         k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.unbind()
-        noise, noises, *agreement, concave, halvings = known[: -len(Lengths._fields)]
+        *noises, concave, halvings = known[: -len(Lengths._fields)]
+        noise, agreement = Noise(1, *noises[:2]), Agreement(1, *noises[2:])
         # copies: two views of one tensor may not enter the loop of a search together
         lengths = Lengths(*(n.clone() for n in known[-len(Lengths._fields) :]))
         m: Tensor | int = joined[0] if self.joins[0] else 1
@@ -169,7 +170,8 @@ class Iterations:
         hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
-        inner = self._inner(oracle, i, stored, (x, start if self.method.fresh else before), k, inner_last)
+        begin = start if self.method.fresh else before
+        inner = self._inner(oracle, i, stored, (x, begin), k, inner_last)
         y = inner.y
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
@@ -178,12 +180,12 @@ class Iterations:
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
-        noise_new, noises_new = noise, noises
+        noise_new = noise
         here = there = h.lag
         if self.watches[1]:
             assert h.elsewhere is not None
             excess, there = h.elsewhere(of(joined[1]))
-            noise_new, noises_new = _noise(noise, noises, excess.double(), joined[1])
+            noise_new = noise.add(excess.double(), joined[1])
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         moments = Moments(first, second, n, weight)  # type: ignore[arg-type]
@@ -191,7 +193,7 @@ class Iterations:
         d = self.method.heeded(d, h)
 
         lasts = outer_last, lengths
-        kappa = _kappa(agreement, m, self.alone)
+        kappa = 1.0 if self.alone else agreement.kappa(m)
         step = self._outer(oracle, (x, y), outer, h, d, k, lasts, kappa, (m, many))
         new_x, new_y, alpha, failed = step.x, step.y, step.size, step.failed
         if step.follows:
@@ -202,7 +204,7 @@ class Iterations:
         if told:
             _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
             own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
-            agreement_new = _agreement(agreement, own.double() / alpha, seen.double() / alpha, m)
+            agreement_new = agreement.add(own.double() / alpha, seen.double() / alpha, m)
 
         # what is kept: all of it, or, where numbers are not finite, nothing
         norm, evaluations = torch.linalg.vector_norm(h.grad), step.evaluations
@@ -249,11 +251,13 @@ class Iterations:
                 terms,
                 gain,
                 torch.where(finite & failed, failures + 1, 0.0),
-                torch.where(finite, noise_new, noise),
-                torch.where(finite, noises_new, noises),
                 *(
                     torch.where(finite, new, old)
-                    for new, old in zip(agreement_new, agreement, strict=True)
+                    for new, old in zip(
+                        (*noise_new[1:], *agreement_new[1:]),
+                        (*noise[1:], *agreement[1:]),
+                        strict=True,
+                    )
                 ),
                 torch.where(finite, solver.concave[-1].double(), concave),
                 torch.where(finite & self.still, learned.judge(step.apart).halvings, halvings),
@@ -334,7 +338,7 @@ class Iterations:
         d: Tensor,
         k: Tensor,
         lasts: tuple[Tensor, Lengths],
-        kappa: Tensor,
+        kappa: Tensor | float,
         many: tuple[Tensor | int, Tensor | int],
     ) -> _Outer:
         """The outer step along d; ``many``: outer and Hessian batches in one evaluation."""
@@ -411,37 +415,6 @@ class _Outer(NamedTuple):
     apart: Any
     follows: bool
     lengths: Lengths
-
-
-def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:
-    """:meth:`bilevel.noise.Noise.add`: level and terms."""
-    s = (batches * excess).clamp(-BOUND, BOUND)
-    known = ~excess.isnan()
-    weight = 1 / (terms + 1).clamp(max=MEMORY)
-    return torch.where(known, level + weight * (s - level), level), terms + known
-
-
-def _kappa(agreement: Sequence[Tensor], batches: Tensor | int, alone: bool) -> Tensor:
-    """:meth:`bilevel.noise.Agreement.kappa`."""
-    signal, noise, _ = agreement
-    kappa = torch.where(signal > 0, signal / (signal + noise.clamp(min=0) / batches), 0.0)
-    return torch.ones_like(kappa) if alone else kappa
-
-
-def _agreement(
-    agreement: Sequence[Tensor], own: Tensor, fresh: Tensor, batches: Tensor | int
-) -> list[Tensor]:
-    """:meth:`bilevel.noise.Agreement.add`: signal, noise and terms."""
-    signal, noise, terms = agreement
-    known = (own < 0) & own.isfinite() & fresh.isfinite()
-    weight = 1 / (terms + 1).clamp(max=MEMORY)
-    new_signal = signal + weight * (-fresh - signal)
-    new_noise = noise + weight * (batches * (fresh - own) - noise)
-    return [
-        torch.where(known, new_signal, signal),
-        torch.where(known, new_noise, noise),
-        terms + known,
-    ]
 
 
 def _corrected(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.alike import where
 from bilevel.rules import Line, Move
 
 SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
@@ -58,8 +59,8 @@ class Lengths(NamedTuple):
     def share(self) -> Any:
         """Length of the late ones over that of the longest, between 1 / ``SHRUNK`` and 1."""
         least = self.longest / SHRUNK
-        late = _where(self.latest > least, self.latest, least)
-        return _where(late > 0, late / (self.longest + (late <= 0)), 1.0)
+        late = where(self.latest > least, self.latest, least)
+        return where(late > 0, late / (self.longest + (late <= 0)), 1.0)
 
     def allowed(self, kappa: Any) -> Any:
         """By how much f may rise; ``kappa``: see :class:`bilevel.noise.Agreement`."""
@@ -69,14 +70,14 @@ class Lengths(NamedTuple):
         """The alpha to be tried first, 0 for none, from the lengths of d and h and the alpha of the
         last search; none where nothing is known of other batches (``kappa`` is 0)."""
         far = self.longest * h
-        alpha = self.shrunk * (kappa > 0) * _where(far < self.farthest, far, self.farthest)
+        alpha = self.shrunk * (kappa > 0) * where(far < self.farthest, far, self.farthest)
         alpha = alpha / (d + (d <= 0))  # lengths may be lost in rounding
         # steps that grow, as on the way from a saddle, are not to be held back by a leap
-        return _where(alpha > FARTHER * last, alpha, 0 * alpha)
+        return where(alpha > FARTHER * last, alpha, 0 * alpha)
 
     def leapt(self, gain: Any) -> Lengths:
         """After a leap that was taken."""
-        shorter = _where(gain <= 0, self.longest * LOST, self.longest)
+        shorter = where(gain <= 0, self.longest * LOST, self.longest)
         return self._replace(longest=shorter)._earn(gain)
 
     def refused(self) -> Lengths:
@@ -87,9 +88,9 @@ class Lengths(NamedTuple):
         """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""
         step = far / h
         # the mean, as a batch of a small gradient has long ones
-        latest = _where(self.latest > 0, (self.latest + step) / 2, step)
-        longest = _where(latest > self.longest, latest, self.longest)
-        farthest = _where(far > self.farthest, far, self.farthest)
+        latest = where(self.latest > 0, (self.latest + step) / 2, step)
+        longest = where(latest > self.longest, latest, self.longest)
+        farthest = where(far > self.farthest, far, self.farthest)
         return self._replace(longest=longest, latest=latest, farthest=farthest)._earn(gain)
 
     def after(self, leapt: Any, moved: float, norm: float, gain: float) -> Lengths:
@@ -106,7 +107,7 @@ class Lengths(NamedTuple):
 
     def _earn(self, gain: Any) -> Lengths:
         budget = MEMORY * (self.budget + gain)
-        return self._replace(budget=_where(budget > 0, budget, 0 * budget))
+        return self._replace(budget=where(budget > 0, budget, 0 * budget))
 
     def where(self, condition: Tensor, others: Lengths) -> Lengths:
         """These, or the others, in a graph."""
@@ -119,9 +120,3 @@ def leap(line: Line, t: float, rise: float, last: float | None) -> Move | None:
         return None
     gain = float(line.value) - float(line.phi(t))
     return Move(t, last, 1, gain=gain) if math.isfinite(gain) and gain >= -rise else None
-
-
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    if isinstance(condition, Tensor):
-        return torch.where(condition, a, b)
-    return a if condition else b

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from bilevel.alike import clamp, is_finite, where
 
 ALLOWED = 0.06  # excess of curvature
 LEAST = 0.8  # kappa that outer batches are averaged for
@@ -26,19 +28,20 @@ class Noise(NamedTuple):
 
     Attributes:
         batches: m.   level: mean of s.   terms: iterations in it.
+
+    Numbers, or tensors in a graph but for m, which changes between its calls.
     """
 
     batches: int = 1
-    level: float = 0.0
-    terms: int = 0
+    level: Any = 0.0
+    terms: Any = 0
 
-    def add(self, excess: float, batches: int) -> Noise:
+    def add(self, excess: Any, batches: Any) -> Noise:
         """With <q, H' q> / <q, H q> - 1 of a q of so many batches; NaN where it is not known."""
-        if math.isnan(excess):
-            return self
-        s = min(max(batches * excess, -BOUND), BOUND)
-        weight = 1 / min(self.terms + 1, MEMORY)
-        return self._replace(level=self.level + weight * (s - self.level), terms=self.terms + 1)
+        known = excess == excess
+        s = clamp(batches * excess, -BOUND, BOUND)
+        level = self.level + _weight(self.terms) * (s - self.level)
+        return self._replace(level=where(known, level, self.level), terms=self.terms + known)
 
     def settle(self, k: int) -> Noise:
         """For the iteration after the k-th."""
@@ -62,26 +65,31 @@ class Agreement(NamedTuple):
 
     Attributes:
         batches: m.   signal, noise: means of S and N.   terms: iterations in them.
+
+    Numbers, or tensors in a graph but for m, which changes between its calls.
     """
 
     batches: int = 1
-    signal: float = 0.0
-    noise: float = 0.0
-    terms: int = 0
+    signal: Any = 0.0
+    noise: Any = 0.0
+    terms: Any = 0
 
-    def kappa(self, batches: int) -> float:
+    def kappa(self, batches: Any) -> Any:
         """For so many batches, in [0, 1]; 0 where nothing is known."""
-        noise = max(self.noise, 0.0) / batches
-        return self.signal / (self.signal + noise) if self.signal > 0 else 0.0
+        signal, noise = clamp(self.signal, 0.0), clamp(self.noise, 0.0) / batches
+        return signal / (signal + noise + (signal <= 0))  # never 0 / 0
 
-    def add(self, own: float, fresh: float, batches: int) -> Agreement:
+    def add(self, own: Any, fresh: Any, batches: Any) -> Agreement:
         """With the slopes of a step of so many batches; nothing where it does not descend."""
-        if not (own < 0 and math.isfinite(own) and math.isfinite(fresh)):
-            return self
-        weight = 1 / min(self.terms + 1, MEMORY)
+        known = (own < 0) & is_finite(own) & is_finite(fresh)
+        weight = _weight(self.terms)
         signal = self.signal + weight * (-fresh - self.signal)
         noise = self.noise + weight * (batches * (fresh - own) - self.noise)
-        return self._replace(signal=signal, noise=noise, terms=self.terms + 1)
+        return self._replace(
+            signal=where(known, signal, self.signal),
+            noise=where(known, noise, self.noise),
+            terms=self.terms + known,
+        )
 
     def settle(self, k: int) -> Agreement:
         """For the iteration after the k-th."""
@@ -91,8 +99,13 @@ class Agreement(NamedTuple):
         return self._replace(batches=_power(level * LEAST / (1 - LEAST)))
 
 
+def _weight(terms: Any) -> Any:
+    """Of one more in the mean of so many, which looks back as far as ``MEMORY``."""
+    return 1 / clamp(terms + 1, most=MEMORY)
+
+
 def _power(wanted: float) -> int:
-    return 2 ** round(math.log2(min(max(wanted, 1), MOST)))
+    return 2 ** round(math.log2(clamp(wanted, 1, MOST)))
 
 
 def averaged(batches: int, judges: int, given: int) -> int:

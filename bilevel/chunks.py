@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.average import Average
 from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
 from bilevel.host import failure as why
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.lengths import Lengths
-from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
+from bilevel.linear import CONCAVE, StochasticNeumann, is_conjugate
 from bilevel.method import Batches, Method
-from bilevel.noise import MOST, Agreement, Noise, averaged, settles
-from bilevel.problem import Oracle, Problem, is_small
+from bilevel.noise import MOST, averaged, settles
+from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
-from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
+from bilevel.rules import Armijo, Fixed, Move, Polyak
+from bilevel.scalars import Scalars
 from bilevel.state import State
+
+if TYPE_CHECKING:
+    from bilevel.graph import Row  # torch.compile is slow to import
 
 SLOTS = 256  # iterations in one call at most
 # where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
@@ -248,13 +249,9 @@ class Chunks:
                     torch.stack(tensors, out=stack[: len(tensors)])
                 rows = drawn.rows[level]
                 ready.places[level, : len(rows)] = torch.tensor(rows)
-        average, moments = state.average, state.moments
-        lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
-        terms, gain = (average.terms, average.gain) if average else (0, 0.0)
-        known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned[:2]
-        carried = *moments[2:], terms, gain, state.failures, *known, *state.lengths
-        scalars = torch.tensor([state.k, *lasts, *carried], dtype=torch.float64)
-        vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
+        scalars = torch.tensor(Scalars.of(state), dtype=torch.float64)
+        average = (None, None) if state.average is None else state.average[:2]
+        vectors = [*state.vectors, state.q, *state.moments[:2], *average]
         given = [t for t in vectors if t is not None]
         counts = torch.tensor(drawn.iterations), tuple(map(torch.tensor, joined.many))
         stored = ready.stacks, ready.places
@@ -271,77 +268,64 @@ class Chunks:
         self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float, joined: _Joined
     ) -> tuple[State, list[Record]]:
         """The outcome of the graph as a state and records, as the plain path makes them."""
-        from bilevel.graph import SCALARS, Row
+        from bilevel.graph import Row
 
         _, _, rows, scalars, x, y, q, *rest = outcome
-        k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.tolist()
-        noise, noises, signal, unlike, agreed, concave, halvings, *lengths = known
-        assert len(SCALARS) == scalars.numel()
-        moments = state.moments
-        if moments.m is not None:
-            moments = Moments(rest[0], rest[1], int(n), weight)
-        average = state.average and Average(rest[-2], rest[-1], int(terms), gain)
-        cost, spent = replace(state.cost), time.perf_counter() - began
         columns = Row(*rows[:taken].unbind(1))
-
-        def counts(name: str) -> list[int]:
-            """Of the whole run so far, after each iteration."""
-            sums = getattr(cost, name) + getattr(columns, name).cumsum(0).long()
-            setattr(cost, name, int(sums[-1]))
-            return sums.tolist()
-
-        row = Row(*(column.tolist() for column in columns))
-        outer_trials, inner_trials, inner_failures = (
-            column.long().tolist()
-            for column in (columns.outer_trials, columns.inner_trials, columns.inner_failures)
-        )
-        failure: list[str | None] = [None] * taken
-        for j, (failed, finite) in enumerate(zip(row.failed, row.finite, strict=True)):
-            if failed or not finite:
-                move = Move(row.outer_step[j], None, outer_trials[j], bool(failed))
-                numbers = row.value[j], row.inner_value[j], row.norm[j]
-                failure[j] = why(*numbers, bool(finite), move)
-        records = Record.several(
-            range(state.k, state.k + taken),
-            row.value,
-            row.inner_value,
-            row.norm,
-            row.outer_step,
-            row.inner_step,
-            outer_trials,
-            inner_trials,
-            inner_failures,
-            row.residual,
-            [joined.many[1]] * taken,
-            [joined.many[0]] * taken,
-            counts("gradients"),
-            counts("hessian_products"),
-            counts("loss_evaluations"),
-            [state.seconds + spent * (j + 1) / taken for j in range(taken)],
-            failure,
-        )
-        k, noise = int(k), Noise(state.noise.batches, noise, int(noises))
-        agreement = Agreement(state.agreement.batches, signal, unlike, int(agreed))
-        if row.finite[-1]:
-            noise, agreement = noise.settle(k - 1), agreement.settle(k - 1)
+        spent = time.perf_counter() - began
+        records, cost = _records(state, columns, spent, joined.many)
+        moments, average = state.moments, state.average
         new = replace(
             state,
             vectors=(x, y),
-            k=k,
-            outer_last=None if math.isnan(outer_last) else outer_last,
-            inner_last=None if math.isnan(inner_last) else inner_last,
-            lengths=Lengths(*lengths),
-            moments=moments,
             q=q,
-            average=average,
+            moments=moments._replace(m=rest[0], v=rest[1]) if moments.m is not None else moments,
+            average=average and average._replace(x=rest[-2], y=rest[-1]),
             cost=cost,
             seconds=state.seconds + spent,
-            failures=int(failures),
-            noise=noise,
-            agreement=agreement,
-            learned=Learned(concave, int(halvings)),
         )
+        new = Scalars(*scalars.tolist()).into(new)
+        if columns.finite[-1]:
+            k = new.k - 1
+            new = replace(new, noise=new.noise.settle(k), agreement=new.agreement.settle(k))
         return new, records
+
+
+def _records(
+    state: State, columns: Row, spent: float, many: tuple[int, int]
+) -> tuple[list[Record], Cost]:
+    """Of the iterations that follow a state, from what the graph reports of them; and what the run
+    has cost by then. ``many``: outer and Hessian batches."""
+    taken, cost = len(columns.value), replace(state.cost)
+    row = type(columns)(*(column.tolist() for column in columns))
+    counts = {
+        name: getattr(columns, name).long()
+        for name in ("outer_trials", "inner_trials", "inner_failures")
+    }
+    for name in ("gradients", "hessian_products", "loss_evaluations"):  # of the whole run so far
+        counts[name] = getattr(cost, name) + getattr(columns, name).cumsum(0).long()
+        setattr(cost, name, int(counts[name][-1]))
+    whole = {name: column.tolist() for name, column in counts.items()}
+    failure: list[str | None] = [None] * taken
+    for j, (failed, finite) in enumerate(zip(row.failed, row.finite, strict=True)):
+        if failed or not finite:
+            move = Move(row.outer_step[j], None, whole["outer_trials"][j], bool(failed))
+            failure[j] = why(row.value[j], row.inner_value[j], row.norm[j], bool(finite), move)
+    records = Record.several(
+        k=range(state.k, state.k + taken),
+        outer_loss=row.value,
+        inner_loss=row.inner_value,
+        hypergrad_norm=row.norm,
+        outer_step=row.outer_step,
+        inner_step=row.inner_step,
+        residual=row.residual,
+        hessian_batches=[many[1]] * taken,
+        outer_batches=[many[0]] * taken,
+        seconds=[state.seconds + spent * (j + 1) / taken for j in range(taken)],
+        failure=failure,
+        **whole,
+    )
+    return records, cost
 
 
 class _Joined(NamedTuple):

@@ -27,16 +27,9 @@ from bilevel.method import Method
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments
+from bilevel.scalars import Scalars
 from bilevel.traced import Counted, Run, Traced, move
 from bilevel.trials import ceiling
-
-# what goes from one iteration to the next beside the vectors, as one vector of float64; a step
-# that there is not yet is NaN
-SCALARS = (
-    *("k", "outer_last", "inner_last", "moments", "weight", "terms", "gain", "failures"),
-    *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
-    *Lengths._fields,
-)
 
 
 class Row(NamedTuple):
@@ -108,9 +101,9 @@ class Iterations:
             i: Tensor, go: Tensor, rows: Tensor, scalars: Tensor, *vectors: Tensor
         ) -> tuple[Tensor, ...]:
             stored = stacks, places
-            row, new_scalars, new_vectors = self._once(i, joined, start, stored, scalars, vectors)
-            failures = new_scalars[SCALARS.index("failures")]
-            go = row.finite & (failures < most_failures) & (row.failed | (row.norm > tol))
+            old = Scalars(*scalars.unbind())
+            row, new, new_vectors = self._once(i, joined, start, stored, old, vectors)
+            go = row.finite & (new.failures < most_failures) & (row.failed | (row.norm > tol))
             cells = torch.stack([cell.double() for cell in row])
             rows = rows.index_copy(0, i[None], cells[None])
             # where g is concave, the systems are solved otherwise than here; where they are not
@@ -118,8 +111,8 @@ class Iterations:
             fits = (row.concave <= CONCAVE) & ~row.flattered
             if self.still:
                 fits = fits & ~(row.residual > 1)
-            state = zip((new_scalars, *new_vectors), (scalars, *vectors), strict=True)
-            kept = (torch.where(fits, new, old) for new, old in state)
+            state = zip((torch.stack(new), *new_vectors), (scalars, *vectors), strict=True)
+            kept = (torch.where(fits, *both) for both in state)
             return i + fits, go & fits, rows, *kept
 
         rows = torch.zeros(self.slots, len(Row._fields), dtype=torch.float64)
@@ -145,16 +138,15 @@ class Iterations:
         joined: tuple[Tensor, Tensor],
         start: Tensor,
         stored: tuple[list[list[Tensor]], Tensor],
-        scalars: Tensor,
+        old: Scalars,
         vectors: Sequence[Tensor],
-    ) -> tuple[Row, Tensor, list[Tensor]]:
+    ) -> tuple[Row, Scalars, list[Tensor]]:
         """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
-        k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.unbind()
-        *noises, concave, halvings = known[: -len(Lengths._fields)]
-        noise, agreement = Noise(1, *noises[:2]), Agreement(1, *noises[2:])
+        noise = Noise(1, old.level, old.levels)
+        agreement = Agreement(1, old.signal, old.noise, old.slopes)
         # copies: two views of one tensor may not enter the loop of a search together
-        lengths = Lengths(*(n.clone() for n in known[-len(Lengths._fields) :]))
+        lengths = Lengths(*(length.clone() for length in old.lengths))
         m: Tensor | int = joined[0] if self.joins[0] else 1
         fixed = max(1, self.counts[1])
         drawn = joined[1] + int(self.watches[1]) if self.joins[1] else fixed
@@ -171,40 +163,38 @@ class Iterations:
         oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
 
         begin = start if self.method.fresh else before
-        inner = self._inner(oracle, i, stored, (x, begin), k, inner_last)
+        inner = self._inner(oracle, i, stored, (x, begin), old.k, old.inner_last)
         y = inner.y
 
         # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
-        learned = Learned(concave, halvings)
+        learned = Learned(old.concave, old.halvings)
         solver = Counted(self.method.hypergradient.solver, learned)  # type: ignore[attr-defined]
         h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
         solver.counts.append(1)  # the cross term
         assert h.inner_value is not None and h.q is not None and h.residual is not None
-        noise_new = noise
         here = there = h.lag
         if self.watches[1]:
             assert h.elsewhere is not None
             excess, there = h.elsewhere(of(joined[1]))
-            noise_new = noise.add(excess.double(), joined[1])
+            noise = noise.add(excess.double(), joined[1])
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
-        moments = Moments(first, second, n, weight)  # type: ignore[arg-type]
+        moments = Moments(first, second, old.n, old.w)
         d, moved = self.method.direction(h.grad, moments, lengths.share)
         d = self.method.heeded(d, h)
 
-        lasts = outer_last, lengths
+        lasts = old.outer_last, lengths
         kappa = 1.0 if self.alone else agreement.kappa(m)
-        step = self._outer(oracle, (x, y), outer, h, d, k, lasts, kappa, (m, many))
+        step = self._outer(oracle, (x, y), outer, h, d, old.k, lasts, kappa, (m, many))
         new_x, new_y, alpha, failed = step.x, step.y, step.size, step.failed
         if step.follows:
             solver.counts.append(1)  # g_yx d
 
-        agreement_new = agreement
         told = self.watches[0] and step.follows
         if told:
             _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
             own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
-            agreement_new = agreement.add(own.double() / alpha, seen.double() / alpha, m)
+            agreement = agreement.add(own.double() / alpha, seen.double() / alpha, m)
 
         # what is kept: all of it, or, where numbers are not finite, nothing
         norm, evaluations = torch.linalg.vector_norm(h.grad), step.evaluations
@@ -228,6 +218,7 @@ class Iterations:
         if self.moments:
             assert moved.m is not None and moved.v is not None
             kept += [moved.m, moved.v]
+        terms, gain = old.terms, old.gain
         if self.averaged:
             ax, ay = rest[-2:]
             difference = (h.value - oracle.value("outer", ax, ay, outer)).double()
@@ -235,37 +226,30 @@ class Iterations:
             judged = Average(ax, ay, terms, gain).compare(difference)  # type: ignore[arg-type]
             added = Average(ax, ay, terms.to(x.dtype)).add(oracle, x, y)  # type: ignore[arg-type]
             kept += [torch.where(seen, added.x, x), torch.where(seen, added.y, y)]
-            terms = torch.where(finite, torch.where(seen, terms + 1, 1.0), terms)
-            gain = torch.where(finite, torch.where(seen, judged.gain, 0.0), gain)
+            terms = torch.where(seen, terms + 1, 1.0)
+            gain = torch.where(seen, judged.gain, 0.0)
         new_vectors = [
             torch.where(finite, new, old)
             for new, old in zip(kept, [x, before, q, *rest], strict=True)
         ]
-        new_scalars = torch.stack(
-            [
-                k + 1,
-                torch.where(finite, step.last, outer_last),
-                torch.where(finite, inner.last, inner_last),
-                torch.where(finite, n + 1, n) if self.moments else n,
-                torch.where(finite, moved.w, weight),
-                terms,
-                gain,
-                torch.where(finite & failed, failures + 1, 0.0),
-                *(
-                    torch.where(finite, new, old)
-                    for new, old in zip(
-                        (*noise_new[1:], *agreement_new[1:]),
-                        (*noise[1:], *agreement[1:]),
-                        strict=True,
-                    )
-                ),
-                torch.where(finite, solver.concave[-1].double(), concave),
-                torch.where(finite & self.still, learned.judge(step.apart).halvings, halvings),
-                *(
-                    torch.where(finite, new, old)
-                    for new, old in zip(step.lengths, lengths, strict=True)
-                ),
-            ]
+        new = old._replace(
+            outer_last=step.last,
+            inner_last=inner.last,
+            n=moved.n,
+            w=moved.w,
+            terms=terms,
+            gain=gain,
+            level=noise.level,
+            levels=noise.terms,
+            signal=agreement.signal,
+            noise=agreement.noise,
+            slopes=agreement.terms,
+            concave=solver.concave[-1].double(),
+            halvings=learned.judge(step.apart).halvings if self.still else old.halvings,
+            **step.lengths._asdict(),
+        ).where(finite, old)
+        new = new._replace(
+            k=old.k + 1, failures=torch.where(finite & failed, old.failures + 1, 0.0)
         )
         row = Row(
             value=h.value,
@@ -292,7 +276,7 @@ class Iterations:
             concave=solver.concave[-1],
             flattered=flattered,
         )
-        return row, new_scalars, new_vectors
+        return row, new, new_vectors
 
     def _inner(
         self,

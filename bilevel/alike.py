@@ -26,3 +26,10 @@ def clamp(value: Any, least: float = -math.inf, most: float = math.inf) -> Any:
 
 def is_finite(value: Any) -> Any:
     return value.isfinite() if isinstance(value, Tensor) else math.isfinite(value)
+
+
+def power_of_two(value: Any) -> Any:
+    """The one nearest to it, in logarithms."""
+    if isinstance(value, Tensor):
+        return value.log2().round().exp2()
+    return 2.0 ** round(math.log2(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from bilevel.alike import clamp, is_finite, where
+from bilevel.alike import clamp, is_finite, power_of_two, where
 
 ALLOWED = 0.06  # excess of curvature
 LEAST = 0.8  # kappa that outer batches are averaged for
@@ -105,7 +105,7 @@ def _weight(terms: Any) -> Any:
 
 
 def _power(wanted: float) -> int:
-    return 2 ** round(math.log2(clamp(wanted, 1, MOST)))
+    return int(power_of_two(clamp(wanted, 1, MOST)))
 
 
 def averaged(batches: int, judges: int, given: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bilevel.alike import clamp, power_of_two, where
 from bilevel.steps import armijo, envelope, polyak, schedule
 
 Reset = Literal["grow", "last", "fixed"]
@@ -111,13 +112,17 @@ class Armijo:
     def brackets(self, last: float | None) -> bool:
         return last is None and self.reset != "fixed"
 
-    def share(self, kappa: float, brackets: bool = False) -> float:
-        """c, as a number."""
+    def share(self, kappa: Any, brackets: Any = False) -> Any:
+        """c, as a number, or a tensor where the others are."""
         if self.c != "auto":
             return self.c
-        if brackets:
-            return LEAST_C
-        return min(max(1 - kappa, LEAST_C), MOST_C)
+        return where(brackets, LEAST_C, clamp(1 - kappa, LEAST_C, MOST_C))
+
+    def opening(self, slope: Any, rounding: Any) -> Any:
+        """Where a first search starts: from where the decrease can be seen, if that is near; a
+        power of two. Numbers or tensors."""
+        seen = clamp(8 * rounding / -slope, self.initial, self.initial * NEAR)
+        return power_of_two(seen)
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         value, slope = torch.stack([line.value, line.slope]).tolist()
@@ -143,9 +148,8 @@ class Armijo:
         start, grow, wasted = last or 0.0, None, 0
         if self.reset == "fixed":
             start = self.initial
-        elif last is None:  # from where the decrease can be seen, if that is near
-            start = min(max(self.initial, 8 * rounding / -slope), self.initial * NEAR)
-            start, grow = 2.0 ** round(math.log2(start)), 2.0
+        elif last is None:
+            start, grow = self.opening(slope, rounding), 2.0
         elif self.reset == "grow":
             start = self.growth * last
             decrease = -predicted(start)
@@ -153,7 +157,7 @@ class Armijo:
                 return Move(0.0, last)  # the projection leaves nothing to gain
             if decrease < 8 * rounding:  # lost in the rounding error of phi, where anything passes
                 if decrease > 0 and not line.extrapolates:  # as far as it can be seen
-                    far = search(start=start * min(8 * rounding / decrease, NEAR), max_trials=1)
+                    far = search(start=as_seen(start, decrease, rounding), max_trials=1)
                     if far.accepted:
                         return Move(far.step, far.step, 1, gain=value - far.value)
                     wasted = 1
@@ -164,6 +168,12 @@ class Armijo:
             return Move(0.0, last, trials, failed=True)
         last = max(found.step, self.retain * (last or 0.0))
         return Move(found.step, last, trials, gain=value - found.value)
+
+
+def as_seen(start: Any, decrease: Any, rounding: Any) -> Any:
+    """The step that decreases by what can be seen, if that is near, where ``start`` does by
+    ``decrease``. Numbers or tensors."""
+    return start * clamp(8 * rounding / decrease, most=NEAR)
 
 
 @dataclass(frozen=True)
@@ -201,11 +211,15 @@ class Polyak:
                 if measured.last is not None:
                     last = measured.last * math.sqrt(k + 1)
             upper = last if last is not None else 0.0
+        return Move(self.size(line.value, line.slope, upper, k), last, trials)
+
+    def size(self, value: Tensor, slope: Tensor, upper: Any, k: Any) -> Tensor:
+        """The step of iteration k along a line with phi(0) and phi'(0); ``upper``: at k = 0."""
         lower = self.lower * upper if self.upper is None else self.lower
-        gap = line.value - self.lower_bound
-        step = torch.where(gap <= 0, torch.inf, polyak(gap, -line.slope, self.c))
+        gap = value - self.lower_bound
+        step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, self.c))
         size = envelope(step, schedule(lower, k), schedule(upper, k))
-        return Move(torch.where(line.slope < 0, size, 0.0), last, trials)
+        return torch.where(slope < 0, size, 0.0)
 
 
 class Moments(NamedTuple):

@@ -19,8 +19,8 @@ from torch.func import grad_and_value
 from bilevel.compiled import second_derivatives
 from bilevel.linear import Learned, Product, Solver, is_conjugate, seen
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import LEAST_C, MOST_C, NEAR, Armijo, Fixed, Polyak, Rule
-from bilevel.steps import envelope, polyak, schedule
+from bilevel.rules import Armijo, Fixed, Polyak, Rule, as_seen
+from bilevel.steps import schedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
@@ -223,12 +223,8 @@ def move(
     if isinstance(rule, Fixed):
         return Found(nothing + schedule(rule.step, k, rule.decay), last, *still)
     assert isinstance(rule, Polyak)
-    upper: Any = last.nan_to_num(0.0) if rule.upper is None else nothing + rule.upper
-    lower: Any = rule.lower * upper if rule.upper is None else nothing + rule.lower
-    gap = value - rule.lower_bound
-    step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, rule.c)).double()
-    size = envelope(step, schedule(lower, k), schedule(upper, k))
-    return Found(torch.where(slope < 0, size, 0.0), last, *still)
+    upper = last.nan_to_num(0.0) if rule.upper is None else rule.upper
+    return Found(rule.size(value, slope, upper, k), last, *still)
 
 
 def search(
@@ -250,20 +246,16 @@ def search(
     allowed = rounding + rule.slack * value.abs()
     first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
     brackets = growing = first & (rule.reset != "fixed")
-    c: Any = rule.c
-    if c == "auto":
-        c = (1 - torch.as_tensor(kappa, dtype=torch.float64)).clamp(LEAST_C, MOST_C)
-        c = torch.where(brackets, LEAST_C, c)
+    c = rule.share(torch.as_tensor(kappa, dtype=torch.float64), brackets)
     start = last * (rule.growth if rule.reset == "grow" else 1)
     if rule.reset == "fixed":
         start = torch.full_like(last, rule.initial)
     else:
-        initial = (8 * rounding / -slope).clamp(rule.initial, rule.initial * NEAR)
-        start = torch.where(first, initial.log2().round().exp2(), start)
+        start = torch.where(first, rule.opening(slope, rounding), start)
     decrease = -slope * start
     lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
     far = lost & (decrease > 0) & (not extrapolates)
-    further = start * (8 * rounding / decrease).clamp(max=NEAR)
+    further = as_seen(start, decrease, rounding)
     start = torch.where(far, further, torch.where(lost, last, start))
     nothing = torch.zeros_like(value)
     length, most = leap or (nothing, nothing)

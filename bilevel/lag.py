@@ -87,13 +87,13 @@ def arrived(
         return x, trials.y if y is None else y
 
     def change(t: float) -> float:
-        return LEAST_C * (t * slope if line.predicted is None else line.predicted(t))
+        return LEAST_C * line.change(t)
 
     def value(point: tuple[Tensor, Tensor], lag: float = 0.0) -> float:
         x, y = point
         return float(oracle.value("outer", x, settled(x, y, lag), outer))
 
-    slope, size, start = float(line.slope), float(move.size), (trials.x, trials.y)
+    size, start = float(move.size), (trials.x, trials.y)
     if trials.straight(size, NEAR):
         return move, reach(size)
     # from where it starts, y is mostly near; at the end <q, g_y> may tell of another place

@@ -116,7 +116,7 @@ class Lengths(NamedTuple):
 
 def leap(line: Line, t: float, rise: float, last: float | None) -> Move | None:
     """The move to t, if f rises there by ``rise`` at most."""
-    if line.predicted is not None and line.predicted(t) > 0:  # a projection turns it back
+    if line.change(t) > 0:  # a projection turns it back
         return None
     gain = float(line.value) - float(line.phi(t))
     return Move(t, last, 1, gain=gain) if math.isfinite(gain) and gain >= -rise else None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bilevel.alike import clamp, power_of_two, where
-from bilevel.steps import armijo, envelope, polyak, schedule
+from bilevel.noise import settles
+from bilevel.steps import armijo, envelope, polyak, rounding_of, schedule
 
 Reset = Literal["grow", "last", "fixed"]
 NEAR = 2.0**20  # half of the halvings that a search has
@@ -40,6 +41,10 @@ class Line:
     predicted: Callable[[float], float] | None = None
     kappa: float = 0.0
     extrapolates: bool = False
+
+    def change(self, t: float) -> float:
+        """Of phi from 0 to t, to first order."""
+        return t * float(self.slope) if self.predicted is None else self.predicted(t)
 
 
 class Move(NamedTuple):
@@ -130,10 +135,10 @@ class Armijo:
             return Move(0.0, last, 0, failed=True)
         if slope >= 0:
             return Move(0.0, last)
-        rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
+        rounding = rounding_of(value, line.value.dtype)
 
         def predicted(t: float) -> float:
-            change = t * slope if line.predicted is None else line.predicted(t)
+            change = line.change(t)
             return 0.0 if 0 < change <= rounding else change  # where a projection leaves nothing
 
         search = partial(
@@ -198,7 +203,7 @@ class Polyak:
     upper: float | None = None
 
     def searches(self, k: int, last: float | None) -> bool:
-        return self.upper is None and (last is None or (k + 1) & k == 0)
+        return self.upper is None and (last is None or settles(k))
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         upper, trials = self.upper, 0

@@ -20,7 +20,7 @@ from bilevel.compiled import second_derivatives
 from bilevel.linear import Learned, Product, Solver, is_conjugate, seen
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Fixed, Polyak, Rule, as_seen
-from bilevel.steps import schedule
+from bilevel.steps import rounding_of, schedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
@@ -239,7 +239,7 @@ def search(
 ) -> Found:
     """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph; the first
     of them is a leap, see :func:`bilevel.lengths.leap`."""
-    rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
+    rounding = rounding_of(value.double(), value.dtype)
     value, slope = value.double(), slope.double()
     sound = value.isfinite() & slope.isfinite()
     descends = sound & (slope < 0)

@@ -11,13 +11,14 @@ from torch import Tensor
 from bilevel.hypergradients import Estimate, Followed
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Line
+from bilevel.steps import rounding_of
 
 Response = Literal["tangent", "refine", "frozen"]
 
 
 def ceiling(value: Tensor) -> Tensor:
     """The loss and its rounding: what is not as low has risen."""
-    return value + 8 * torch.finfo(value.dtype).eps * value.abs()
+    return value + rounding_of(value, value.dtype)
 
 
 class Trials:

@@ -6,9 +6,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from bilevel.alike import where
 from bilevel.rules import Line, Move
 
@@ -86,32 +83,31 @@ class Lengths(NamedTuple):
 
     def found(self, far: Any, h: Any, gain: Any) -> Lengths:
         """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""
-        step = far / h
+        step = far / (h + (h <= 0))  # never by 0
         # the mean, as a batch of a small gradient has long ones
         latest = where(self.latest > 0, (self.latest + step) / 2, step)
         longest = where(latest > self.longest, latest, self.longest)
         farthest = where(far > self.farthest, far, self.farthest)
         return self._replace(longest=longest, latest=latest, farthest=farthest)._earn(gain)
 
-    def after(self, leapt: Any, moved: float, norm: float, gain: float) -> Lengths:
+    def after(self, tried: Any, leapt: Any, moved: Any, norm: Any, gain: Any) -> Lengths:
         """After an iteration.
 
         Args:
-            leapt: False: a leap was refused; None: none was tried; else it was one.
+            tried: whether a leap was.   leapt: whether it was taken.
             moved: length of the step.   norm: of the hypergradient.   gain: of the step.
         """
-        if leapt:
-            return self.leapt(gain)
-        lengths = self.refused() if leapt is False else self
-        return lengths.found(moved, norm, gain) if moved > 0 and norm > 0 else lengths
+        searched = self.refused().where(tried, self)
+        found = searched.found(moved, norm, gain).where((moved > 0) & (norm > 0), searched)
+        return self.leapt(gain).where(leapt, found)
 
     def _earn(self, gain: Any) -> Lengths:
         budget = MEMORY * (self.budget + gain)
         return self._replace(budget=where(budget > 0, budget, 0 * budget))
 
-    def where(self, condition: Tensor, others: Lengths) -> Lengths:
-        """These, or the others, in a graph."""
-        return Lengths(*(torch.where(condition, a, b) for a, b in zip(self, others, strict=True)))
+    def where(self, condition: Any, others: Lengths) -> Lengths:
+        """These, or the others."""
+        return Lengths(*(where(condition, a, b) for a, b in zip(self, others, strict=True)))
 
 
 def leap(line: Line, t: float, rise: float, last: float | None) -> Move | None:

@@ -291,7 +291,8 @@ class Method:
             n = n._replace(alpha=float(move.size))
         lengths = state.lengths
         if self.leaps and not first:  # which is sought over many decades, often where F is flat
-            lengths = lengths.after(leapt, n.alpha * n.length, n.norm, n.gain)
+            moved = n.alpha * n.length
+            lengths = lengths.after(leapt is not None, bool(leapt), moved, n.norm, n.gain)
         cost = oracle.cost
         record = Record(
             k=state.k,

@@ -21,8 +21,8 @@ class Scalars(NamedTuple):
     Attributes:
         k, failures: of :class:`State`.   outer_last, inner_last: likewise, NaN for None.
         n, w: of :class:`Moments`.   terms, gain: of :class:`Average`.
-        level, levels: of :class:`Noise`, the mean and its terms.
-        signal, noise, slopes: of :class:`Agreement`, the two means and their terms.
+        excess, excesses: of :class:`Noise`, the mean and its terms.
+        signal, spread, slopes: of :class:`Agreement`, the two means and their terms.
         concave, halvings: of :class:`Learned`, of which the rest is 0 where a graph is used.
         longest, latest, budget, farthest: those of :class:`Lengths`.
     """
@@ -35,10 +35,10 @@ class Scalars(NamedTuple):
     w: Any
     terms: Any
     gain: Any
-    level: Any
-    levels: Any
+    excess: Any
+    excesses: Any
     signal: Any
-    noise: Any
+    spread: Any
     slopes: Any
     concave: Any
     halvings: Any
@@ -62,10 +62,10 @@ class Scalars(NamedTuple):
             w=state.moments.w,
             terms=terms,
             gain=gain,
-            level=state.noise.level,
-            levels=state.noise.terms,
+            excess=state.noise.level,
+            excesses=state.noise.terms,
             signal=state.agreement.signal,
-            noise=state.agreement.noise,
+            spread=state.agreement.noise,
             slopes=state.agreement.terms,
             concave=state.learned.concave,
             halvings=state.learned.halvings,
@@ -86,11 +86,27 @@ class Scalars(NamedTuple):
             inner_last=inner_last,
             moments=state.moments._replace(n=int(self.n), w=self.w),
             average=average and average._replace(terms=int(self.terms), gain=self.gain),
-            noise=Noise(state.noise.batches, self.level, int(self.levels)),
-            agreement=Agreement(state.agreement.batches, self.signal, self.noise, int(self.slopes)),
+            noise=self.noise._replace(batches=state.noise.batches, terms=int(self.excesses)),
+            agreement=self.agreement._replace(
+                batches=state.agreement.batches, terms=int(self.slopes)
+            ),
             learned=Learned(self.concave, int(self.halvings)),
             lengths=self.lengths,
         )
+
+    # of 1 batch: how many there are is said beside these
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(1, self.excess, self.excesses)
+
+    @property
+    def agreement(self) -> Agreement:
+        return Agreement(1, self.signal, self.spread, self.slopes)
+
+    @property
+    def learned(self) -> Learned:
+        return Learned(self.concave, self.halvings)
 
     @property
     def lengths(self) -> Lengths:

@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
+from bilevel.drawn import Batches
 from bilevel.host import failure as why
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, StochasticNeumann, is_conjugate
-from bilevel.method import Batches, Method
+from bilevel.method import Method
 from bilevel.noise import MOST, averaged, settles
 from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators

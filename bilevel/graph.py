@@ -2,8 +2,8 @@
 
 A small problem is bound by dispatch: what Python does between two operations costs more than they
 do. So here the searches and the conjugate gradients are loops of the graph, and nothing looks at
-the host. :meth:`bilevel.method.Method._step` is the plain form of the same iteration, and its
-oracle: the two agree to rounding, counters included.
+the host. :mod:`bilevel.iteration` is the plain form of the same iteration, and its oracle: the two
+agree to rounding, counters included.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from bilevel.trials import Trials
 HALVINGS = 10  # of a first step at most
 NEAR = 0.25  # share by which g may be off where y is near y*, of which nothing else need tell
 LOST = 3  # iterations in a row that go wrong, of which x stays in the last
+PATIENCE = 10  # iterations that x waits at most for y; corrections of one
 FLATTERED = 2  # times what a step gains, by which f is too low where y lags
 SOLVED = 0.2  # residual of the system of q, up to which its <q, g_y> is to be trusted so far
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*

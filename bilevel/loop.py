@@ -16,8 +16,10 @@ from bilevel import checkpoint as files
 from bilevel import require
 from bilevel.data import Cycle, refuse_shared
 from bilevel.distributed import Ranks, is_agreed
+from bilevel.drawn import Batches
+from bilevel.lag import PATIENCE
 from bilevel.layout import Variable
-from bilevel.method import PATIENCE, Batches, Method
+from bilevel.method import Method
 from bilevel.noise import averaged
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle

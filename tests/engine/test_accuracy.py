@@ -10,9 +10,9 @@ import torch
 import bilevel
 from benchmarks.problems import HARD
 from bilevel import ConjugateGradient, Implicit, chunks
+from bilevel.lag import PATIENCE
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, LOOSE, MOST_HALVINGS, UNTAUGHT, Learned
-from bilevel.method import PATIENCE
 from bilevel.problem import Draw, Problem, make_oracle
 from bilevel.rules import Armijo, Fixed, Line
 from tests.tables import relative, t

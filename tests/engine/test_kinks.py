@@ -254,7 +254,7 @@ def test_nobody_leaps_where_nothing_is_known_of_other_batches(kind, monkeypatch)
         assert rise > 0
         return move
 
-    monkeypatch.setattr("bilevel.method.leap", spy)
+    monkeypatch.setattr("bilevel.iteration.leap", spy)
     assert bilevel.solve(*arguments, steps=1, **options).state.lengths.budget == 0
     kept = bilevel.solve(*arguments, **options).state.lengths
     assert any(taken) == bool(taken) == (kind != "pairs") and kept.budget > 0
@@ -270,7 +270,7 @@ def test_leaps_in_compiled_iterations(kind, monkeypatch):
         taken.append(leap(line, t, rise, last))
         return taken[-1]
 
-    monkeypatch.setattr("bilevel.method.leap", spy)
+    monkeypatch.setattr("bilevel.iteration.leap", spy)
     options = {}
     if kind:
         arguments, options = noisy(arguments, kind)

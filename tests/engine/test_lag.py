@@ -11,10 +11,9 @@ import torch
 import bilevel
 from benchmarks.stumbles import afresh, evidence, input_noise, prices, risk, wide, words
 from bilevel import lag
-from bilevel.lag import FLATTERED, HALVINGS, LOST, NEAR, arrived, is_flattered
+from bilevel.lag import FLATTERED, HALVINGS, LOST, NEAR, PATIENCE, arrived, is_flattered
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
-from bilevel.method import PATIENCE
 from bilevel.problem import Draw, make_oracle
 from bilevel.rules import LEAST_C, Line, Move
 from tests.tables import t
@@ -128,7 +127,7 @@ def test_y_settles_by_the_second_derivatives_of_where_it_is(monkeypatch):
             assert settled(x, trials.y, 1e9) is trials.y  # f lags by less
         return move, trials.reach(float(move.size))
 
-    monkeypatch.setattr("bilevel.method.arrived", spy)
+    monkeypatch.setattr("bilevel.iteration.arrived", spy)
     method = bilevel.bisls("sgd", hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(9, 0.0)))
     problem = bilevel.Problem(lambda x, y: (y - 2).square().sum(), inner)
     state = method.init(t([0.1, 0.2, 0.3]), t([0.0, 0.5, 0.0]))
@@ -187,7 +186,7 @@ def test_a_first_step_that_was_halved_is_sought_anew_but_not_for_ever(monkeypatc
         half = move.size / 2
         return move._replace(size=half, last=None), trials.reach(half)
 
-    monkeypatch.setattr("bilevel.method.arrived", halved)
+    monkeypatch.setattr("bilevel.iteration.arrived", halved)
     result = case.solve("bisls-sgd", steps=PATIENCE + 6, inner_steps=10, seed=0)
     taken = [r.outer_step for r in result.history]
     moved = [step for step in taken[: PATIENCE + 1] if step]
@@ -208,7 +207,7 @@ def test_where_no_y_is_solved_for_nothing_is_judged_so(change, monkeypatch):
     def refuse(*_):
         raise AssertionError("a first step was looked at")
 
-    monkeypatch.setattr("bilevel.method.arrived", refuse)
+    monkeypatch.setattr("bilevel.iteration.arrived", refuse)
     case = evidence(0)
     method = replace(bilevel.bisls(), **change)
     assert len(case.solve(method, steps=2, inner_steps=2, seed=0).history) == 2

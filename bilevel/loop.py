@@ -116,36 +116,23 @@ def solve(
     Reference: Fan et al. 2023 (arXiv 2305.18666).
     """
     method = _method(method)
-    for name, count, least in (
-        ("steps", steps, 0),
-        ("inner_steps", inner_steps, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-    ):
-        require.whole("", name, count, least)
+    _check(
+        steps=steps,
+        inner_steps=inner_steps,
+        warm_start=warm_start,
+        tol=tol,
+        callback=callback,
+        progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        compile=compile,
+        seed=seed,
+        twice=data is not None and (outer_data is not None or inner_data is not None),
+    )
     # plain numbers, of NumPy's, for the words and the file
     steps, inner_steps, checkpoint_every = map(index, (steps, inner_steps, checkpoint_every))
-    for name, value in (("warm_start", warm_start), ("resume", resume)):
-        require.flag("", name, value)
-    if progress is not None:
-        require.flag("", "progress", progress)
-    if tol is not None:
-        require.number("", "tol", tol, "[0, inf)", ", or None to take all steps")
-        tol = float(tol)
-    if seed is not None:
-        require.whole("", "seed", seed, least=None)
-        seed = index(seed)
-    if callback is not None:
-        require.function("", "callback", callback, "a function(state, record)", 2)
-    if checkpoint is not None:
-        require.path("checkpoint", checkpoint)
-    if data is not None and (outer_data is not None or inner_data is not None):
-        raise ValueError(
-            "data was given together with outer_data or inner_data, which it replaces: it yields "
-            "(outer_batch, inner_batch) pairs; leave out data, or the two."
-        )
-    if resume and checkpoint is None:
-        raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
-    require.flag("", "compile", compile)
+    tol = None if tol is None else float(tol)
     problem = Problem(outer, inner, project)
     warm_start = warm_start and not method.fresh
     if not warm_start:
@@ -154,7 +141,7 @@ def solve(
     state = method.init(x, y)
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:
-        torch.manual_seed(seed + ranks.rank)
+        torch.manual_seed(index(seed) + ranks.rank)
     oracle = make_oracle(problem, *state.layouts)
     if data is None:
         oracle.require_data(outer_data, inner_data)
@@ -171,27 +158,14 @@ def solve(
     saver.note(state, history)
     saver.prepare()
     batches = None
-    chunks = None
+    take: _Take = partial(_singly, method, problem)
     if compile:
         from bilevel.chunks import Chunks  # torch.compile is slow to import
 
-        chunks = Chunks(
-            method,
-            problem,
-            replace(state, vectors=(state.vectors[0], start)),
-            source,
-            tol=tol,
-            most_failures=MAX_FAILURES,
-            singly=callback is not None,
-        )
-    reason = f"all {steps} steps were taken"
-    if state.k > steps:
-        reason = (
-            f"no step was taken: the checkpoint already has {state.k} iterations, and steps = "
-            f"{steps} counts those as well"
-        )
+        begin = replace(state, vectors=(state.vectors[0], start))
+        ends: dict[str, Any] = {"tol": tol, "most_failures": MAX_FAILURES}
+        take = Chunks(method, problem, begin, source, **ends, singly=callback is not None)
     ended = _reached(tol, history)  # by the run that is resumed
-    reason = ended or reason
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
         if state.k == 0 and steps > 0:
@@ -205,24 +179,20 @@ def solve(
             before = begin = state
             if not warm_start:
                 begin = replace(state, vectors=(state.vectors[0], start), solver=None)
+            limit = steps - state.k
+            if checkpoint is not None:
+                limit = min(limit, checkpoint_every - state.k % checkpoint_every)
             try:
                 if batches is None:
                     batches = ranks.read(partial(source.next, *method.wanted(state)))
-                if chunks is None:
-                    state, record = method.step(problem, begin, *batches)
-                    records = [record]
-                else:
-                    limit = steps - state.k
-                    if checkpoint is not None:
-                        limit = min(limit, checkpoint_every - state.k % checkpoint_every)
-                    state, records = chunks(begin, batches, limit)
+                state, records = take(begin, batches, limit)
             except Exception as error:
                 if not history or (ranks.size > 1 and not is_agreed(error)):
                     raise  # the other ranks wait elsewhere, and end when this one does
                 # hours of work are not thrown away for one bad batch
-                reason = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"
+                ended = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"
                 warnings.warn(
-                    f"{reason}; the result holds the last good point.", RuntimeWarning, stacklevel=2
+                    f"{ended}; the result holds the last good point.", RuntimeWarning, stacklevel=2
                 )
                 break
             batches, record = None, records[-1]  # the one that may end the run
@@ -232,33 +202,100 @@ def solve(
                 state = replace(state, vectors=before.vectors, solver=before.solver)
             saver.note(state, history)
             bar.update(record)
-            if record.failure is not None and (
-                state.failures == 0 or state.failures >= MAX_FAILURES
-            ):
-                reason = f"stopped at iteration {record.k}: {record.failure}"
-                if state.failures:
-                    reason += (
-                        f", {state.failures} iterations in a row, with the hypergradient's norm at "
-                        f"{record.hypergrad_norm:.3g} of {history[0].hypergrad_norm:.3g} at first"
-                    )
-                break
-            if callback is not None and _stops(ranks, callback, state, record):
-                reason = f"the callback stopped the run at iteration {record.k}"
-                break
-            if ended := _reached(tol, history):
-                reason = ended
-                break
-            if state.k % checkpoint_every == 0:
+            ended = _failed(state, history)
+            if not ended and callback is not None and _stops(ranks, callback, state, record):
+                ended = f"the callback stopped the run at iteration {record.k}"
+            ended = ended or _reached(tol, history)
+            if not ended and state.k % checkpoint_every == 0:
                 saver.write()
     except KeyboardInterrupt:
         if ranks.size > 1:
             raise  # it met each rank at another place
-        reason = f"interrupted from the keyboard at iteration {state.k}"
+        ended = f"interrupted from the keyboard at iteration {state.k}"
     finally:
         bar.close()
     saver.write()
     _tell_stay(history)
-    return Result(state.x, state.y, reason, history, state)
+    return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
+
+
+# (state, batches, limit) -> the state after between 1 and ``limit`` iterations, their records
+_Take = Callable[[State, Batches, int], tuple[State, list[Record]]]
+
+
+def _singly(
+    method: Method, problem: Problem, state: State, batches: Batches, limit: int
+) -> tuple[State, list[Record]]:
+    state, record = method.step(problem, state, *batches)
+    return state, [record]
+
+
+def _check(
+    *,
+    steps: Any,
+    inner_steps: Any,
+    warm_start: Any,
+    tol: Any,
+    callback: Any,
+    progress: Any,
+    checkpoint: Any,
+    resume: Any,
+    checkpoint_every: Any,
+    compile: Any,
+    seed: Any,
+    twice: bool,
+) -> None:
+    """Refuse arguments of :func:`solve` that are none; ``twice``: data is given in both ways."""
+    for name, count, least in (
+        ("steps", steps, 0),
+        ("inner_steps", inner_steps, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        require.whole("", name, count, least)
+    for name, value in (("warm_start", warm_start), ("resume", resume)):
+        require.flag("", name, value)
+    if progress is not None:
+        require.flag("", "progress", progress)
+    if tol is not None:
+        require.number("", "tol", tol, "[0, inf)", ", or None to take all steps")
+    if seed is not None:
+        require.whole("", "seed", seed, least=None)
+    if callback is not None:
+        require.function("", "callback", callback, "a function(state, record)", 2)
+    if checkpoint is not None:
+        require.path("checkpoint", checkpoint)
+    if twice:
+        raise ValueError(
+            "data was given together with outer_data or inner_data, which it replaces: it yields "
+            "(outer_batch, inner_batch) pairs; leave out data, or the two."
+        )
+    if resume and checkpoint is None:
+        raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
+    require.flag("", "compile", compile)
+
+
+def _all_taken(k: int, steps: int) -> str:
+    """Why a run of ``steps`` steps ends that nothing else has ended, after k iterations."""
+    if k <= steps:
+        return f"all {steps} steps were taken"
+    return (
+        f"no step was taken: the checkpoint already has {k} iterations, and steps = {steps} counts "
+        f"those as well"
+    )
+
+
+def _failed(state: State, history: list[Record]) -> str | None:
+    """Why a run ends after the last of these iterations, if it has failed for good."""
+    record = history[-1]
+    if record.failure is None or 0 < state.failures < MAX_FAILURES:
+        return None
+    reason = f"stopped at iteration {record.k}: {record.failure}"
+    if not state.failures:
+        return reason
+    return (
+        f"{reason}, {state.failures} iterations in a row, with the hypergradient's norm at "
+        f"{record.hypergrad_norm:.3g} of {history[0].hypergrad_norm:.3g} at first"
+    )
 
 
 def _tell_stay(history: list[Record]) -> None:

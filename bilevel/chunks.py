@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
 from bilevel.drawn import Batches
 from bilevel.host import failure as why
 from bilevel.hypergradients import Implicit
-from bilevel.layout import leaves, rebuild
 from bilevel.linear import CONCAVE, StochasticNeumann, is_conjugate
 from bilevel.method import Method
 from bilevel.noise import MOST, averaged, settles
+from bilevel.pool import Pool, Room, skeleton
 from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
@@ -41,7 +40,6 @@ OPTIONS = {
     "inplace_buffers": False,
     "force_pointwise_cat": True,  # a view less for each number of a row; a tenth less time
 }
-ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
 
 
@@ -104,12 +102,14 @@ class Chunks:
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
-            drawn = _Pool(joined.loop, self.source.different())
+            drawn = Pool(joined.loop, self.source.different())
             fits, ready = drawn.add(batches), self._prepared.get(joined.kind)
             if ready is None:
                 ready = self._prepare(state, batches, drawn if fits else None, joined)
             if fits and ready is not None and drawn.form == ready.form:
-                if found := self._several(ready, state, joined, drawn, min(count, ready.slots)):
+                if found := self._several(
+                    ready, state, joined, drawn, min(count, ready.room.slots)
+                ):
                     return found
         state, record = self.method.step(self.problem, state, *batches)
         return state, [record]
@@ -150,7 +150,7 @@ class Chunks:
         )
 
     def _prepare(
-        self, state: State, batches: Batches, drawn: _Pool | None, joined: _Joined
+        self, state: State, batches: Batches, drawn: Pool | None, joined: _Joined
     ) -> _Prepared | None:
         """The function and the room for the batches; or a refusal."""
         if drawn is None:
@@ -174,46 +174,31 @@ class Chunks:
                 rows[level] = joined.many[j]
                 if joined.watched[j]:  # the number may change
                     rows[level] = MOST + 1
-        heads = [level[0] for level in drawn.tensors]
-
-        def stored(slots: int) -> list[int]:
-            return [min(slots * n, d) for n, d in zip(rows, drawn.different, strict=True)]
-
-        def room(slots: int) -> int:
-            sizes = (sum(t.nbytes for t in head) for head in heads)
-            return sum(n * size for n, size in zip(stored(slots), sizes, strict=True))
-
-        slots = self.most
-        if room(slots) > ROOM:
-            slots = max(1, min(slots, ROOM // room(1)))
-        stacks = [
-            [t.new_empty(n, *t.shape) for t in head]
-            for n, head in zip(stored(slots), heads, strict=True)
-        ]
-        places = torch.zeros(len(rows), slots * max(rows), dtype=torch.int64)
+        room = drawn.room(rows, self.most)
         firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
+        has = [bool(stacks) for stacks in room.stacks]
         iterations = Iterations(
-            self.method,
-            Oracle(self.problem, *state.layouts),
-            tuple(_skeleton(batch) for batch in firsts),
-            (drawn.counts[1] if heads[1] else 0, drawn.counts[2] if heads[2] else 0),
-            slots,
-            len(batches[1]),
-            state.moments.m is not None,
-            state.average is not None,
-            joined.loop,
-            joined.watched,
-            self.method.is_alone(batches[0], batches[3]),
-            is_conjugate(self._implicit.solver) and is_small(self.problem.habit, self.start),
+            method=self.method,
+            oracle=Oracle(self.problem, *state.layouts),
+            skeletons=(skeleton(firsts[0]), skeleton(firsts[1]), skeleton(firsts[2])),
+            counts=(drawn.counts[1] * has[1], drawn.counts[2] * has[2]),
+            slots=room.slots,
+            steps=len(batches[1]),
+            moments=state.moments.m is not None,
+            averaged=state.average is not None,
+            joins=joined.loop,
+            watches=joined.watched,
+            alone=self.method.is_alone(batches[0], batches[3]),
+            matrix=is_conjugate(self._implicit.solver) and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
-        ready = _Prepared(graph, drawn.form, stacks, places, slots)
+        ready = _Prepared(graph, drawn.form, room)
         self._prepared[joined.kind] = ready
         return ready
 
     def _several(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Pool, count: int
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: Pool, count: int
     ) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
@@ -241,21 +226,15 @@ class Chunks:
         return self._unpack(state, outcome, taken, began, joined)
 
     def _run(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Pool
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: Pool
     ) -> tuple[Tensor, ...] | None:
-        with torch.no_grad():  # batches may be part of someone's graph
-            for level, stacks in enumerate(ready.stacks):
-                for j, stack in enumerate(stacks):
-                    tensors = [batch[j] for batch in drawn.tensors[level]]
-                    torch.stack(tensors, out=stack[: len(tensors)])
-                rows = drawn.rows[level]
-                ready.places[level, : len(rows)] = torch.tensor(rows)
+        ready.room.fill(drawn)
         scalars = torch.tensor(Scalars.of(state), dtype=torch.float64)
         average = (None, None) if state.average is None else state.average[:2]
         vectors = [*state.vectors, state.q, *state.moments[:2], *average]
         given = [t for t in vectors if t is not None]
         counts = torch.tensor(drawn.iterations), tuple(map(torch.tensor, joined.many))
-        stored = ready.stacks, ready.places
+        stored = ready.room.stacks, ready.room.places
         try:
             with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
@@ -344,14 +323,11 @@ class _Joined(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A graph, the form of the batches of one iteration of it, and the room for several: different
-    ones, and which of them each iteration takes."""
+    """A graph, the form of the batches of one iteration of it, and the room for several."""
 
     graph: Callable[..., Any]
     form: Any
-    stacks: list[list[Tensor]]
-    places: Tensor
-    slots: int
+    room: Room
 
 
 def _unfit(method: Method, problem: Problem, state: State) -> str | None:
@@ -375,95 +351,3 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
     if device.type != "cpu":
         return f"the variables are on {device}, and loops of a graph run on the CPU"
     return "several ranks solve the problem" if Ranks(device).size > 1 else None
-
-
-class _Pool:
-    """The batches of several iterations: of each level the outer, the inner, the Hessian ones.
-
-    Args:
-        loops: whether the outer and the Hessian batches are joined; any number is of one form.
-        different: how many of each level can be different ones. Of a list, where a batch that
-            comes again is the same as before, it is looked at and stored once.
-
-    Attributes:
-        counts: of batches in each iteration.   kinds: what all of them have in common.
-        tensors: of the different ones.   rows: which of these each iteration has, one after the
-            other.   iterations: how many.
-    """
-
-    def __init__(self, loops: tuple[bool, bool], different: Sequence[int]) -> None:
-        self.loops, self.different = (loops[0], False, loops[1]), different
-        self.counts: tuple[int, ...] = ()
-        self.kinds: list[Any] = [None, None, None]
-        self.tensors: list[list[Sequence[Tensor]]] = [[], [], []]
-        self.rows: list[list[int]] = [[], [], []]
-        self.iterations = 0
-        self._known: list[dict[int, int]] = [{}, {}, {}]  # of a list: the row of each id
-
-    @property
-    def form(self) -> list[Any]:
-        """What the batches of another iteration must have as well, to be in the same graph."""
-        counted = zip(self.loops, self.counts, self.kinds, strict=True)
-        return [(0 if loop else count, kind) for loop, count, kind in counted]
-
-    def add(self, batches: Batches) -> bool:
-        """Another iteration; whether it has what those before it have, and tensors only."""
-        outer, inner, hessian, more = batches
-        if len(inner) > 1 and all(batch is inner[0] for batch in inner):
-            inner = inner[:1]
-        levels = [outer, *more] if more else [outer], inner, hessian or [None]
-        counts = len(levels[0]), len(inner), len(levels[2])
-        if counts != (self.counts or counts):
-            return False
-        for j in range(3):  # plain statements: this is done in every iteration
-            known, rows = self._known[j], self.rows[j]
-            for batch in levels[j]:
-                row = known.get(id(batch))
-                if row is None:
-                    row = self._keep(j, batch)
-                if row is None:  # as it was before this iteration
-                    for kept, count in zip(self.rows, counts, strict=True):
-                        del kept[self.iterations * count :]
-                    return False
-                rows.append(row)
-        self.counts = counts
-        self.iterations += 1
-        return True
-
-    def _keep(self, level: int, batch: Any) -> int | None:
-        """The row of one that is not known, or None where it does not fit."""
-        kind, tensors = _tensors(batch)
-        for t in tensors:
-            if t.layout is not torch.strided:
-                return None
-            kind += (t.shape, t.dtype, t.device)
-        row = len(self.tensors[level])
-        if not kind or kind != (self.kinds[level] or kind) or row == self.different[level]:
-            return None
-        self.kinds[level] = kind
-        self.tensors[level].append(tensors)
-        if self.different[level] < UNKNOWN:
-            self._known[level][id(batch)] = row
-        return row
-
-
-def _tensors(batch: Any) -> tuple[tuple[Any, ...], Sequence[Tensor]]:
-    """(its structure, its tensors) of a batch, which may be filled anew by the time the next one
-    comes; ((), ...) where it holds anything else."""
-    if batch is None:
-        return (None,), ()
-    if type(batch) is tuple or type(batch) is list:  # the usual ones, at once
-        for t in batch:
-            if not isinstance(t, Tensor):
-                break
-        else:
-            return (type(batch), len(batch)), tuple(batch)
-    pairs = list(leaves(batch, ""))
-    tensors = [leaf for _, leaf in pairs]
-    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
-        return (), ()
-    return (type(batch), tuple(path for path, _ in pairs)), tensors
-
-
-def _skeleton(batch: Any) -> Any:
-    return None if batch is None else rebuild(batch, iter([None] * len(list(leaves(batch, "")))))

@@ -19,8 +19,8 @@ from bilevel.host import Numbers, numbers, unsound
 from bilevel.hypergradients import Estimate, InnerStep
 from bilevel.inner_solver import run_solver
 from bilevel.lag import (
-    LOST,
-    PATIENCE,
+    IN_A_ROW,
+    WAITS,
     arrived,
     corrected,
     has_solution,
@@ -97,7 +97,7 @@ class Iteration:
         flattered = self._flattered(found, h, n)
         taken = found
         if n.sound:  # a failed search leaves a good point to go on from; other numbers do not
-            taken = self._follow_up(found, h, n, LOST <= flattered < LOST + PATIENCE)
+            taken = self._follow_up(found, h, n, IN_A_ROW <= flattered < IN_A_ROW + WAITS)
         record = self._record(taken.move, h, n, n.failure(found.move))
         return self._remember(taken, h, n, flattered), record
 
@@ -133,7 +133,7 @@ class Iteration:
         """A y nearer to y*(x), and the hypergradient there: as long as f changes by more on the
         way than a step like the last one gains."""
         state, last = self.state, self.state.outer_last
-        for _ in range(0 if last is None else PATIENCE):
+        for _ in range(0 if last is None else WAITS):
             d, _ = self.method.direction(h.grad, state.moments, state.lengths.share)
             gain = (last or 0.0) * torch.dot(h.grad, d).abs()
             if not (has_solution(h) and bool(is_behind(h.lag, h.lag, gain))):
@@ -226,7 +226,7 @@ class Iteration:
             settled = partial(self._settled, self.oracle.joint(self.batches.hessian), h)
             outer = self.batches.outer
             move, point = arrived(self.oracle, outer, found.trials, found.line, move, settled)
-            if move.last is None and state.k >= PATIENCE:
+            if move.last is None and state.k >= WAITS:
                 move = move._replace(last=float(move.size))
         gain = float(move.size) * abs(n.slope)
         behind = found.lost or waits or is_behind(n.here, n.there, gain)
@@ -288,7 +288,7 @@ class Iteration:
 
     def _learned(self, taken: Found, h: Estimate, n: Numbers, flattered: int) -> Learned:
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))
-        learned = learned._replace(flattered=flattered % (LOST + PATIENCE))
+        learned = learned._replace(flattered=flattered % (IN_A_ROW + WAITS))
         if self.still:  # noise, where there is some, is not to be fitted closer
             concave = learned.concave if self.batches.batched else learned.lately
             learned = learned.judge(math.inf if taken.lost else n.apart, concave)

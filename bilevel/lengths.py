@@ -10,8 +10,8 @@ from bilevel.alike import where
 from bilevel.rules import Line, Move
 
 SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
-MEMORY = 0.95  # of what was gained, from one iteration to the next
-LOST, REFUSED = 0.95, 0.5  # share of its length that a leap keeps
+BUDGET_KEPT = 0.95  # of what was gained, from one iteration to the next
+AFTER_LOSS, AFTER_REFUSAL = 0.95, 0.5  # shares of its length that a leap keeps
 STRAIGHT = 0.1  # share by which g may be off where a leap leads: f is judged along y's tangent
 FARTHER = 2  # times as far as the last search, or it is no leap
 
@@ -36,9 +36,10 @@ class Lengths(NamedTuple):
     gradients then is of more of them: see ``share`` and :class:`bilevel.rules.Adam`.
 
     Attributes:
-        latest: of the steps that searches found, in those units; the mean of it and the last.
+        latest: of the steps that searches found, in those units; a running mean, of which each new
+            step counts half.
         longest: the largest of these.   farthest: alpha ||d|| at most.
-        budget: sum of what steps gained, less ``1 - MEMORY`` in each iteration; not below 0.
+        budget: sum of what steps gained, less ``1 - BUDGET_KEPT`` in each iteration; not below 0.
 
     Numbers, or tensors in a graph. Reference: Zhang & Hager 2004 for a search that is not monotone.
     """
@@ -74,12 +75,12 @@ class Lengths(NamedTuple):
 
     def leapt(self, gain: Any) -> Lengths:
         """After a leap that was taken."""
-        shorter = where(gain <= 0, self.longest * LOST, self.longest)
+        shorter = where(gain <= 0, self.longest * AFTER_LOSS, self.longest)
         return self._replace(longest=shorter)._earn(gain)
 
     def refused(self) -> Lengths:
         """After one that was not."""
-        return self._replace(longest=self.longest * REFUSED)
+        return self._replace(longest=self.longest * AFTER_REFUSAL)
 
     def found(self, far: Any, h: Any, gain: Any) -> Lengths:
         """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""
@@ -102,7 +103,7 @@ class Lengths(NamedTuple):
         return self.leapt(gain).where(leapt, found)
 
     def _earn(self, gain: Any) -> Lengths:
-        budget = MEMORY * (self.budget + gain)
+        budget = BUDGET_KEPT * (self.budget + gain)
         return self._replace(budget=where(budget > 0, budget, 0 * budget))
 
     def where(self, condition: Any, others: Lengths) -> Lengths:

@@ -17,7 +17,7 @@ from bilevel import require
 from bilevel.data import Cycle, refuse_shared
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.drawn import Batches
-from bilevel.lag import PATIENCE
+from bilevel.lag import WAITS
 from bilevel.layout import Variable
 from bilevel.method import Method
 from bilevel.noise import averaged
@@ -303,8 +303,8 @@ def _tell_stay(history: list[Record]) -> None:
     :func:`bilevel.lag.is_flattered`."""
     still = [r for r in history if not (r.outer_step or r.failure)]
     unsolved = [r for r in still if not r.outer_trials and (r.residual or 0) > 1]
-    later = [r for r in history if r.k >= PATIENCE]  # before, x waits for a y that comes from far
-    flattered = [r for r in still if r.outer_trials and r.k >= PATIENCE]
+    later = [r for r in history if r.k >= WAITS]  # before, x waits for a y that comes from far
+    flattered = [r for r in still if r.outer_trials and r.k >= WAITS]
     for most, text in (
         (
             2 * len(unsolved) > len(history),
@@ -315,7 +315,7 @@ def _tell_stay(history: list[Record]) -> None:
             f"hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(steps=200)).",
         ),
         (
-            2 * len(flattered) > len(later) >= PATIENCE,
+            2 * len(flattered) > len(later) >= WAITS,
             f"x stayed where it was in {len(flattered)} of {len(history)} iterations, in which y "
             f"was so far from y*(x) that f fell and F rose: keep x from where gradient steps of g "
             f"hardly move y (project=..., bounded penalties), take more inner_steps, or give an "

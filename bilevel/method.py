@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel import require
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient
 from bilevel.iteration import iterate
-from bilevel.lag import PATIENCE
+from bilevel.lag import WAITS
 from bilevel.layout import Layout, Variable
 from bilevel.linear import is_conjugate
 from bilevel.problem import Problem, make_oracle
@@ -37,14 +37,25 @@ SOLVERS = (
 class Method:
     """One outer iteration: inner steps, a hypergradient, an outer step.
 
-    Built by :func:`bisls`, :func:`bisps` and :func:`fixed`. ``response`` says on which y a trial is
-    judged: see :class:`bilevel.trials.Trials`; ``averages``, whether the average of the iterates
-    may be the answer where there are batches: see :class:`bilevel.average.Average`; ``corrects``,
-    whether a y that lags behind y*(x) is brought nearer by a Newton step, and x waits for one that
-    comes from far: see :func:`corrected` and :meth:`may_wait`;
-    ``fresh``: y starts afresh in every iteration, and is brought nearer before the step instead;
-    ``outer_batches``, of how many the outer loss is the mean; 'auto': as many as
-    :class:`bilevel.noise.Agreement` says.
+    Built by :func:`bisls`, :func:`bisps` and :func:`fixed`.
+
+    Attributes:
+        name: for people.   hypergradient: see :class:`bilevel.hypergradients.Hypergradient`.
+        direction: (h, moments, share) -> the outer direction, shape of x, and new moments.
+        outer_rule, inner_rule: how far steps go, see :class:`bilevel.rules.Rule`.
+        response: on which y a trial is judged, see :class:`bilevel.trials.Trials`.
+        inner_solver: instead of steps by ``inner_rule``, see :func:`bisls`; None: those.
+        averages: whether the average of the iterates may be the answer where there are batches,
+            see :class:`bilevel.average.Average`.
+        corrects: whether a y that lags behind y*(x) is brought nearer by a Newton step, and x waits
+            for one that comes from far: see :func:`bilevel.lag.corrected` and :meth:`may_wait`.
+        fresh: y starts afresh in every iteration, and is brought nearer before the step instead.
+        outer_batches: of how many the outer loss is the mean, >= 1; 'auto': as many as
+            :class:`bilevel.noise.Agreement` says.
+
+    Raises:
+        TypeError, ValueError: an attribute is none of these, or an ``inner_solver`` is combined
+            with what its steps would have to be known for.
     """
 
     name: str
@@ -91,7 +102,11 @@ class Method:
             )
 
     def init(self, x: Variable, y: Variable) -> State:
-        """The state at the start. x and y are read, never modified."""
+        """The state at the start. x and y are read, never modified.
+
+        Raises:
+            TypeError, ValueError: x or y is no variable, see :class:`bilevel.layout.Layout`.
+        """
         layouts = Layout(x, "x"), Layout(y, "y")
         return State(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
 
@@ -134,7 +149,7 @@ class Method:
         """Whether x has not moved yet, and may stay for another iteration."""
         searches = self.outer_rule.searches(state.k, None)
         waits = self.corrects and not self.fresh
-        return waits and searches and state.outer_last is None and state.k < PATIENCE
+        return waits and searches and state.outer_last is None and state.k < WAITS
 
     def may_leap(self, state: State) -> bool:
         """Whether a step may be over a kink: where those of late are short."""
@@ -184,6 +199,9 @@ class Method:
         Returns:
             The new state and the record of this iteration. Where something was not finite or a
             search failed, the state keeps the last good x and the record's ``failure`` says so.
+
+        Raises:
+            TypeError, ValueError: misuse. Whatever a loss raises.
         """
         start = time.perf_counter()
         require.instance("step", "problem", problem, Problem, "bilevel.Problem(outer, inner)")

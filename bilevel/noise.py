@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from bilevel.alike import clamp, is_finite, power_of_two, where
 
 ALLOWED = 0.06  # excess of curvature
-LEAST = 0.8  # kappa that outer batches are averaged for
+LEAST_KAPPA = 0.8  # kappa that outer batches are averaged for
 MOST = 8  # batches
-MEMORY = 16  # iterations that the mean looks back
+LOOKS_BACK = 16  # iterations that the mean looks back
 BOUND = 2 * ALLOWED * MOST  # of s, so that no batch counts for more than a run of others
 
 
@@ -59,9 +59,9 @@ class Agreement(NamedTuple):
         own = S + N / m,    fresh = S,    kappa = S / (S + N / m),
 
     each <f_x, dx> + <f_y, dy> per unit of the step, the signs turned. It is measured in every
-    iteration on a batch that nothing else has seen; m = 1, 2, 4 or 8 brings kappa near ``LEAST``,
-    and changes when that of :class:`Noise` does. A search asks for less where kappa is large:
-    see :class:`bilevel.rules.Armijo`.
+    iteration on a batch that nothing else has seen; m = 1, 2, 4 or 8 brings kappa near
+    ``LEAST_KAPPA``, and changes when that of :class:`Noise` does. A search asks for less where
+    kappa is large: see :class:`bilevel.rules.Armijo`.
 
     Attributes:
         batches: m.   signal, noise: means of S and N.   terms: iterations in them.
@@ -96,12 +96,12 @@ class Agreement(NamedTuple):
         if not settles(k) or not self.terms:
             return self
         level = self.noise / self.signal if self.signal > 0 else math.inf
-        return self._replace(batches=_power(level * LEAST / (1 - LEAST)))
+        return self._replace(batches=_power(level * LEAST_KAPPA / (1 - LEAST_KAPPA)))
 
 
 def _weight(terms: Any) -> Any:
-    """Of one more in the mean of so many, which looks back as far as ``MEMORY``."""
-    return 1 / clamp(terms + 1, most=MEMORY)
+    """Of one more in the mean of so many, which looks back as far as ``LOOKS_BACK``."""
+    return 1 / clamp(terms + 1, most=LOOKS_BACK)
 
 
 def _power(wanted: float) -> int:

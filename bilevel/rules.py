@@ -19,7 +19,7 @@ from bilevel.noise import settles
 from bilevel.steps import armijo, envelope, polyak, rounding_of, schedule
 
 Reset = Literal["grow", "last", "fixed"]
-NEAR = 2.0**20  # half of the halvings that a search has
+STRETCH = 2.0**20  # of a start at most, so that its decrease is seen: half of a search's halvings
 LEAST_C, MOST_C = 0.3, 0.6  # where c is 'auto'
 
 
@@ -28,11 +28,13 @@ class Line:
     """phi(t) = loss(x + t d) on one fixed draw: all that a rule may see.
 
     Attributes:
-        value: phi(0).   slope: phi'(0), negative on a descent direction.   phi: t -> phi(t).
+        value: phi(0), 0-dim.   slope: phi'(0), 0-dim, negative on a descent direction.
+        phi: t -> phi(t), 0-dim, for t > 0.
         predicted: t -> the change of phi to first order; None: t phi'(0), a straight line.
-        kappa: share of the slope that independent batches see as well; 0 where it is not known.
-        extrapolates: whether phi follows y by a tangent, so that what it says of far away is
-            nothing to go there for.
+        kappa: share of the slope that independent batches see as well, in [0, 1]; 0 where it is
+            not known.
+        extrapolates: whether the y of phi(t) is but a guess far away, as on every outer line:
+            where a decrease is lost in rounding, a search then goes no farther to see one.
     """
 
     value: Tensor
@@ -126,7 +128,7 @@ class Armijo:
     def opening(self, slope: Any, rounding: Any) -> Any:
         """Where a first search starts: from where the decrease can be seen, if that is near; a
         power of two. Numbers or tensors."""
-        seen = clamp(8 * rounding / -slope, self.initial, self.initial * NEAR)
+        seen = clamp(8 * rounding / -slope, self.initial, self.initial * STRETCH)
         return power_of_two(seen)
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
@@ -178,7 +180,7 @@ class Armijo:
 def as_seen(start: Any, decrease: Any, rounding: Any) -> Any:
     """The step that decreases by what can be seen, if that is near, where ``start`` does by
     ``decrease``. Numbers or tensors."""
-    return start * clamp(8 * rounding / decrease, most=NEAR)
+    return start * clamp(8 * rounding / decrease, most=STRETCH)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Trials:
     """phi(t) = f(x(t), y(t)) along d, with y(t) one of
 
     * 'tangent': the response that the hypergradient differentiates (see
-      :mod:`bilevel.hypergradients`); its slope is that of h, so that some t always does. Where f
+      :mod:`bilevel.hypergradients`); its slope is that of h, so some t > 0 always passes. Where f
       rises once y bends with y*, t is refused. The first search, which ranges far, goes by the
       bent y; later ones do not, since from y(t) inner steps go but a part of the way to y*;
     * 'refine': one inner step of the last size taken at x(t), at the base as well: closest to the

@@ -73,14 +73,14 @@ class Following(Implicit):
 class Grounded(Method):
     """Without leaps over kinks."""
 
-    def _leapt(self, *step: Any) -> None:
-        return None
+    def may_leap(self, state: bilevel.State) -> bool:
+        return False
 
 
 class Going(Method):
     """Whose x goes on while systems are left unsolved."""
 
-    def _is_lost(self, *step: Any) -> bool:
+    def may_stay(self, state: bilevel.State) -> bool:
         return False
 
 

@@ -26,7 +26,7 @@ from bilevel.hypergradients import (
 from bilevel.layout import Layout, Variable, tree_map
 from bilevel.linear import ConjugateGradient, Identity, Neumann, Nystrom, StochasticNeumann
 from bilevel.problem import Cost, Draw, Oracle, Problem, make_oracle
-from bilevel.steps import armijo
+from bilevel.steps import armijo, rounding_of
 from bilevel.validate import validated
 
 
@@ -296,12 +296,11 @@ def minimise(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw, iterations: int =
         value = float(pull.value)
         if -slope <= eps * eps * (1 + abs(value)):
             break
-        rounding = 8 * eps * abs(value)
 
         def phi(t: float, y: Tensor = y, d: Tensor = d) -> float:
             return float(oracle.value("inner", x, y + t * d, draw))
 
-        found = armijo(phi, value, slope, 1.0, c=1e-4, slack=rounding)
+        found = armijo(phi, value, slope, 1.0, c=1e-4, slack=rounding_of(value, y.dtype))
         if not found.accepted:
             break
         y = y + found.step * d

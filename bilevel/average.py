@@ -10,7 +10,7 @@ from bilevel.problem import Draw, Oracle
 
 POWER = 16  # the t-th pair weighs t^16: about the last seventeenth of the run counts
 JUDGED = 3  # likewise of the comparison: about the last quarter
-LEAST = 10  # pairs before the average may be the answer
+LEAST_PAIRS = 10  # pairs before the average may be the answer
 
 
 class Average(NamedTuple):
@@ -34,7 +34,7 @@ class Average(NamedTuple):
 
     @property
     def ahead(self) -> bool:
-        return self.terms >= LEAST and self.gain > 0
+        return self.terms >= LEAST_PAIRS and self.gain > 0
 
     def add(self, oracle: Oracle, x: Tensor, y: Tensor) -> Average:
         """With one pair more."""

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.average import Average
-from bilevel.data import UNKNOWN
 from bilevel.distributed import Ranks
+from bilevel.drawn import Batches
 from bilevel.host import failure as why
 from bilevel.hypergradients import Implicit
-from bilevel.layout import leaves, rebuild
-from bilevel.lengths import Lengths
-from bilevel.linear import CONCAVE, Learned, StochasticNeumann, is_conjugate
-from bilevel.method import Batches, Method
-from bilevel.noise import MOST, Agreement, Noise, averaged, settles
-from bilevel.problem import Oracle, Problem, is_small
+from bilevel.linear import CONCAVE, StochasticNeumann, is_conjugate
+from bilevel.method import Method
+from bilevel.noise import MOST, averaged, settles
+from bilevel.pool import Pool, Room, skeleton
+from bilevel.problem import Cost, Oracle, Problem, is_small
 from bilevel.randomness import Randomness, all_generators, restore_generators
 from bilevel.record import Record
-from bilevel.rules import Armijo, Fixed, Moments, Move, Polyak
+from bilevel.rules import Armijo, Fixed, Move, Polyak
+from bilevel.scalars import Scalars
 from bilevel.state import State
+
+if TYPE_CHECKING:
+    from bilevel.graph import Row  # torch.compile is slow to import
 
 SLOTS = 256  # iterations in one call at most
 # where torch 2.13 lends one buffer to several tensors, those of a loop may be written over before
@@ -39,7 +40,6 @@ OPTIONS = {
     "inplace_buffers": False,
     "force_pointwise_cat": True,  # a view less for each number of a row; a tenth less time
 }
-ROOM = 2**26  # bytes of batches in one call at most
 WAIT = 0.1  # about the seconds in one call: a key, the bar and the clock wait for its end
 
 
@@ -102,12 +102,14 @@ class Chunks:
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
-            drawn = _Pool(joined.loop, self.source.different())
+            drawn = Pool(joined.loop, self.source.different())
             fits, ready = drawn.add(batches), self._prepared.get(joined.kind)
             if ready is None:
                 ready = self._prepare(state, batches, drawn if fits else None, joined)
             if fits and ready is not None and drawn.form == ready.form:
-                if found := self._several(ready, state, joined, drawn, min(count, ready.slots)):
+                if found := self._several(
+                    ready, state, joined, drawn, min(count, ready.room.slots)
+                ):
                     return found
         state, record = self.method.step(self.problem, state, *batches)
         return state, [record]
@@ -148,7 +150,7 @@ class Chunks:
         )
 
     def _prepare(
-        self, state: State, batches: Batches, drawn: _Pool | None, joined: _Joined
+        self, state: State, batches: Batches, drawn: Pool | None, joined: _Joined
     ) -> _Prepared | None:
         """The function and the room for the batches; or a refusal."""
         if drawn is None:
@@ -172,46 +174,31 @@ class Chunks:
                 rows[level] = joined.many[j]
                 if joined.watched[j]:  # the number may change
                     rows[level] = MOST + 1
-        heads = [level[0] for level in drawn.tensors]
-
-        def stored(slots: int) -> list[int]:
-            return [min(slots * n, d) for n, d in zip(rows, drawn.different, strict=True)]
-
-        def room(slots: int) -> int:
-            sizes = (sum(t.nbytes for t in head) for head in heads)
-            return sum(n * size for n, size in zip(stored(slots), sizes, strict=True))
-
-        slots = self.most
-        if room(slots) > ROOM:
-            slots = max(1, min(slots, ROOM // room(1)))
-        stacks = [
-            [t.new_empty(n, *t.shape) for t in head]
-            for n, head in zip(stored(slots), heads, strict=True)
-        ]
-        places = torch.zeros(len(rows), slots * max(rows), dtype=torch.int64)
+        room = drawn.room(rows, self.most)
         firsts = (batches[0], batches[1][0], (batches[2] or [None])[0])
+        has = [bool(stacks) for stacks in room.stacks]
         iterations = Iterations(
-            self.method,
-            Oracle(self.problem, *state.layouts),
-            tuple(_skeleton(batch) for batch in firsts),
-            (drawn.counts[1] if heads[1] else 0, drawn.counts[2] if heads[2] else 0),
-            slots,
-            len(batches[1]),
-            state.moments.m is not None,
-            state.average is not None,
-            joined.loop,
-            joined.watched,
-            self.method.is_alone(batches[0], batches[3]),
-            is_conjugate(self._implicit.solver) and is_small(self.problem.habit, self.start),
+            method=self.method,
+            oracle=Oracle(self.problem, *state.layouts),
+            skeletons=(skeleton(firsts[0]), skeleton(firsts[1]), skeleton(firsts[2])),
+            counts=(drawn.counts[1] * has[1], drawn.counts[2] * has[2]),
+            slots=room.slots,
+            steps=len(batches[1]),
+            moments=state.moments.m is not None,
+            averaged=state.average is not None,
+            joins=joined.loop,
+            watches=joined.watched,
+            alone=self.method.is_alone(batches[0], batches[3]),
+            matrix=is_conjugate(self._implicit.solver) and is_small(self.problem.habit, self.start),
         )
         options = {key: value for key, value in OPTIONS.items() if hasattr(config, key)}
         graph = compiled(iterations.__call__, dynamic=False, options=options)
-        ready = _Prepared(graph, drawn.form, stacks, places, slots)
+        ready = _Prepared(graph, drawn.form, room)
         self._prepared[joined.kind] = ready
         return ready
 
     def _several(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Pool, count: int
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: Pool, count: int
     ) -> tuple[State, list[Record]] | None:
         """As many iterations as the graph takes, or None where it cannot be compiled."""
         began = time.perf_counter()
@@ -239,25 +226,15 @@ class Chunks:
         return self._unpack(state, outcome, taken, began, joined)
 
     def _run(
-        self, ready: _Prepared, state: State, joined: _Joined, drawn: _Pool
+        self, ready: _Prepared, state: State, joined: _Joined, drawn: Pool
     ) -> tuple[Tensor, ...] | None:
-        with torch.no_grad():  # batches may be part of someone's graph
-            for level, stacks in enumerate(ready.stacks):
-                for j, stack in enumerate(stacks):
-                    tensors = [batch[j] for batch in drawn.tensors[level]]
-                    torch.stack(tensors, out=stack[: len(tensors)])
-                rows = drawn.rows[level]
-                ready.places[level, : len(rows)] = torch.tensor(rows)
-        average, moments = state.average, state.moments
-        lasts = [math.nan if t is None else t for t in (state.outer_last, state.inner_last)]
-        terms, gain = (average.terms, average.gain) if average else (0, 0.0)
-        known = state.noise.level, state.noise.terms, *state.agreement[1:], *state.learned[:2]
-        carried = *moments[2:], terms, gain, state.failures, *known, *state.lengths
-        scalars = torch.tensor([state.k, *lasts, *carried], dtype=torch.float64)
-        vectors = [*state.vectors, state.q, moments.m, moments.v, *(average or (None,))[:2]]
+        ready.room.fill(drawn)
+        scalars = torch.tensor(Scalars.of(state), dtype=torch.float64)
+        average = (None, None) if state.average is None else state.average[:2]
+        vectors = [*state.vectors, state.q, *state.moments[:2], *average]
         given = [t for t in vectors if t is not None]
         counts = torch.tensor(drawn.iterations), tuple(map(torch.tensor, joined.many))
-        stored = ready.stacks, ready.places
+        stored = ready.room.stacks, ready.room.places
         try:
             with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
@@ -271,77 +248,64 @@ class Chunks:
         self, state: State, outcome: tuple[Tensor, ...], taken: int, began: float, joined: _Joined
     ) -> tuple[State, list[Record]]:
         """The outcome of the graph as a state and records, as the plain path makes them."""
-        from bilevel.graph import SCALARS, Row
+        from bilevel.graph import Row
 
         _, _, rows, scalars, x, y, q, *rest = outcome
-        k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.tolist()
-        noise, noises, signal, unlike, agreed, concave, halvings, *lengths = known
-        assert len(SCALARS) == scalars.numel()
-        moments = state.moments
-        if moments.m is not None:
-            moments = Moments(rest[0], rest[1], int(n), weight)
-        average = state.average and Average(rest[-2], rest[-1], int(terms), gain)
-        cost, spent = replace(state.cost), time.perf_counter() - began
         columns = Row(*rows[:taken].unbind(1))
-
-        def counts(name: str) -> list[int]:
-            """Of the whole run so far, after each iteration."""
-            sums = getattr(cost, name) + getattr(columns, name).cumsum(0).long()
-            setattr(cost, name, int(sums[-1]))
-            return sums.tolist()
-
-        row = Row(*(column.tolist() for column in columns))
-        outer_trials, inner_trials, inner_failures = (
-            column.long().tolist()
-            for column in (columns.outer_trials, columns.inner_trials, columns.inner_failures)
-        )
-        failure: list[str | None] = [None] * taken
-        for j, (failed, finite) in enumerate(zip(row.failed, row.finite, strict=True)):
-            if failed or not finite:
-                move = Move(row.outer_step[j], None, outer_trials[j], bool(failed))
-                numbers = row.value[j], row.inner_value[j], row.norm[j]
-                failure[j] = why(*numbers, bool(finite), move)
-        records = Record.several(
-            range(state.k, state.k + taken),
-            row.value,
-            row.inner_value,
-            row.norm,
-            row.outer_step,
-            row.inner_step,
-            outer_trials,
-            inner_trials,
-            inner_failures,
-            row.residual,
-            [joined.many[1]] * taken,
-            [joined.many[0]] * taken,
-            counts("gradients"),
-            counts("hessian_products"),
-            counts("loss_evaluations"),
-            [state.seconds + spent * (j + 1) / taken for j in range(taken)],
-            failure,
-        )
-        k, noise = int(k), Noise(state.noise.batches, noise, int(noises))
-        agreement = Agreement(state.agreement.batches, signal, unlike, int(agreed))
-        if row.finite[-1]:
-            noise, agreement = noise.settle(k - 1), agreement.settle(k - 1)
+        spent = time.perf_counter() - began
+        records, cost = _records(state, columns, spent, joined.many)
+        moments, average = state.moments, state.average
         new = replace(
             state,
             vectors=(x, y),
-            k=k,
-            outer_last=None if math.isnan(outer_last) else outer_last,
-            inner_last=None if math.isnan(inner_last) else inner_last,
-            lengths=Lengths(*lengths),
-            moments=moments,
             q=q,
-            average=average,
+            moments=moments._replace(m=rest[0], v=rest[1]) if moments.m is not None else moments,
+            average=average and average._replace(x=rest[-2], y=rest[-1]),
             cost=cost,
             seconds=state.seconds + spent,
-            failures=int(failures),
-            noise=noise,
-            agreement=agreement,
-            learned=Learned(concave, int(halvings)),
         )
+        new = Scalars(*scalars.tolist()).into(new)
+        if columns.finite[-1]:
+            k = new.k - 1
+            new = replace(new, noise=new.noise.settle(k), agreement=new.agreement.settle(k))
         return new, records
+
+
+def _records(
+    state: State, columns: Row, spent: float, many: tuple[int, int]
+) -> tuple[list[Record], Cost]:
+    """Of the iterations that follow a state, from what the graph reports of them; and what the run
+    has cost by then. ``many``: outer and Hessian batches."""
+    taken, cost = len(columns.value), replace(state.cost)
+    row = type(columns)(*(column.tolist() for column in columns))
+    counts = {
+        name: getattr(columns, name).long()
+        for name in ("outer_trials", "inner_trials", "inner_failures")
+    }
+    for name in ("gradients", "hessian_products", "loss_evaluations"):  # of the whole run so far
+        counts[name] = getattr(cost, name) + getattr(columns, name).cumsum(0).long()
+        setattr(cost, name, int(counts[name][-1]))
+    whole = {name: column.tolist() for name, column in counts.items()}
+    failure: list[str | None] = [None] * taken
+    for j, (failed, finite) in enumerate(zip(row.failed, row.finite, strict=True)):
+        if failed or not finite:
+            move = Move(row.outer_step[j], None, whole["outer_trials"][j], bool(failed))
+            failure[j] = why(row.value[j], row.inner_value[j], row.norm[j], bool(finite), move)
+    records = Record.several(
+        k=range(state.k, state.k + taken),
+        outer_loss=row.value,
+        inner_loss=row.inner_value,
+        hypergrad_norm=row.norm,
+        outer_step=row.outer_step,
+        inner_step=row.inner_step,
+        residual=row.residual,
+        hessian_batches=[many[1]] * taken,
+        outer_batches=[many[0]] * taken,
+        seconds=[state.seconds + spent * (j + 1) / taken for j in range(taken)],
+        failure=failure,
+        **whole,
+    )
+    return records, cost
 
 
 class _Joined(NamedTuple):
@@ -359,14 +323,11 @@ class _Joined(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A graph, the form of the batches of one iteration of it, and the room for several: different
-    ones, and which of them each iteration takes."""
+    """A graph, the form of the batches of one iteration of it, and the room for several."""
 
     graph: Callable[..., Any]
     form: Any
-    stacks: list[list[Tensor]]
-    places: Tensor
-    slots: int
+    room: Room
 
 
 def _unfit(method: Method, problem: Problem, state: State) -> str | None:
@@ -390,95 +351,3 @@ def _unfit(method: Method, problem: Problem, state: State) -> str | None:
     if device.type != "cpu":
         return f"the variables are on {device}, and loops of a graph run on the CPU"
     return "several ranks solve the problem" if Ranks(device).size > 1 else None
-
-
-class _Pool:
-    """The batches of several iterations: of each level the outer, the inner, the Hessian ones.
-
-    Args:
-        loops: whether the outer and the Hessian batches are joined; any number is of one form.
-        different: how many of each level can be different ones. Of a list, where a batch that
-            comes again is the same as before, it is looked at and stored once.
-
-    Attributes:
-        counts: of batches in each iteration.   kinds: what all of them have in common.
-        tensors: of the different ones.   rows: which of these each iteration has, one after the
-            other.   iterations: how many.
-    """
-
-    def __init__(self, loops: tuple[bool, bool], different: Sequence[int]) -> None:
-        self.loops, self.different = (loops[0], False, loops[1]), different
-        self.counts: tuple[int, ...] = ()
-        self.kinds: list[Any] = [None, None, None]
-        self.tensors: list[list[Sequence[Tensor]]] = [[], [], []]
-        self.rows: list[list[int]] = [[], [], []]
-        self.iterations = 0
-        self._known: list[dict[int, int]] = [{}, {}, {}]  # of a list: the row of each id
-
-    @property
-    def form(self) -> list[Any]:
-        """What the batches of another iteration must have as well, to be in the same graph."""
-        counted = zip(self.loops, self.counts, self.kinds, strict=True)
-        return [(0 if loop else count, kind) for loop, count, kind in counted]
-
-    def add(self, batches: Batches) -> bool:
-        """Another iteration; whether it has what those before it have, and tensors only."""
-        outer, inner, hessian, more = batches
-        if len(inner) > 1 and all(batch is inner[0] for batch in inner):
-            inner = inner[:1]
-        levels = [outer, *more] if more else [outer], inner, hessian or [None]
-        counts = len(levels[0]), len(inner), len(levels[2])
-        if counts != (self.counts or counts):
-            return False
-        for j in range(3):  # plain statements: this is done in every iteration
-            known, rows = self._known[j], self.rows[j]
-            for batch in levels[j]:
-                row = known.get(id(batch))
-                if row is None:
-                    row = self._keep(j, batch)
-                if row is None:  # as it was before this iteration
-                    for kept, count in zip(self.rows, counts, strict=True):
-                        del kept[self.iterations * count :]
-                    return False
-                rows.append(row)
-        self.counts = counts
-        self.iterations += 1
-        return True
-
-    def _keep(self, level: int, batch: Any) -> int | None:
-        """The row of one that is not known, or None where it does not fit."""
-        kind, tensors = _tensors(batch)
-        for t in tensors:
-            if t.layout is not torch.strided:
-                return None
-            kind += (t.shape, t.dtype, t.device)
-        row = len(self.tensors[level])
-        if not kind or kind != (self.kinds[level] or kind) or row == self.different[level]:
-            return None
-        self.kinds[level] = kind
-        self.tensors[level].append(tensors)
-        if self.different[level] < UNKNOWN:
-            self._known[level][id(batch)] = row
-        return row
-
-
-def _tensors(batch: Any) -> tuple[tuple[Any, ...], Sequence[Tensor]]:
-    """(its structure, its tensors) of a batch, which may be filled anew by the time the next one
-    comes; ((), ...) where it holds anything else."""
-    if batch is None:
-        return (None,), ()
-    if type(batch) is tuple or type(batch) is list:  # the usual ones, at once
-        for t in batch:
-            if not isinstance(t, Tensor):
-                break
-        else:
-            return (type(batch), len(batch)), tuple(batch)
-    pairs = list(leaves(batch, ""))
-    tensors = [leaf for _, leaf in pairs]
-    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
-        return (), ()
-    return (type(batch), tuple(path for path, _ in pairs)), tensors
-
-
-def _skeleton(batch: Any) -> Any:
-    return None if batch is None else rebuild(batch, iter([None] * len(list(leaves(batch, "")))))

@@ -159,6 +159,15 @@ def _compiled(oracle: Oracle, problem: Problem, x: Layout, y: Layout) -> dict[st
 
 
 def second_derivatives(inner: Function) -> dict[str, Function]:
+    """Products with the second derivatives of ``inner(x, y, batch)``, on flat vectors.
+
+    Each is a function of x, y, a vector and the batch, and linearises anew:
+
+    * 'product': u -> g_yy u, shape of y;
+    * 'both': u -> (g_xy u, g_yy u), shapes of x and y;
+    * 'forward': d -> g_yx d, shape of y, for a d of the shape of x.
+    """
+
     def gradient(x: Tensor, y: Tensor, batch: tuple[Any, ...]) -> Tensor:
         return torch.func.grad(inner, argnums=1)(x, y, batch)
 

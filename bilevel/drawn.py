@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from bilevel.noise import averaged
 from bilevel.problem import Draw, Joint, Oracle
 
+# outer, inner, for the Hessian, more outer ones: what :meth:`bilevel.method.Method.step` takes
+Batches = tuple[Any, Sequence[Any], "Sequence[Any] | None", "Sequence[Any] | None"]
 Wanted = tuple[tuple[int, int], tuple[int, int]]  # see :meth:`bilevel.method.Method.wanted`
 
 

@@ -2,13 +2,13 @@
 
 A small problem is bound by dispatch: what Python does between two operations costs more than they
 do. So here the searches and the conjugate gradients are loops of the graph, and nothing looks at
-the host. :meth:`bilevel.method.Method._step` is the plain form of the same iteration, and its
-oracle: the two agree to rounding, counters included.
+the host. :mod:`bilevel.iteration` is the plain form of the same iteration, and its oracle: the two
+agree to rounding, counters included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,25 +18,18 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from bilevel.average import Average
 from bilevel.host import slopes, unsound
-from bilevel.hypergradients import Estimate, Followed, Implicit
+from bilevel.hypergradients import Course, Estimate, Followed, Implicit
 from bilevel.lag import is_behind, is_flattered
 from bilevel.layout import rebuild
 from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method
-from bilevel.noise import BOUND, MEMORY
+from bilevel.noise import Agreement, Noise
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments
+from bilevel.scalars import Scalars
 from bilevel.traced import Counted, Run, Traced, move
 from bilevel.trials import ceiling
-
-# what goes from one iteration to the next beside the vectors, as one vector of float64; a step
-# that there is not yet is NaN
-SCALARS = (
-    *("k", "outer_last", "inner_last", "moments", "weight", "terms", "gain", "failures"),
-    *("noise", "noises", "signal", "unlike", "agreed", "concave", "halvings"),
-    *Lengths._fields,
-)
 
 
 class Row(NamedTuple):
@@ -100,6 +93,7 @@ class Iterations:
         vectors: list[Tensor],
     ) -> tuple[Tensor, ...]:
         """(iterations taken, whether the run goes on, rows, scalars, *vectors)."""
+        given = _Given(joined, start, stacks, places)
 
         def going(i: Tensor, go: Tensor, *rest: Tensor) -> Tensor:
             return go & (i < count)
@@ -107,10 +101,8 @@ class Iterations:
         def once(
             i: Tensor, go: Tensor, rows: Tensor, scalars: Tensor, *vectors: Tensor
         ) -> tuple[Tensor, ...]:
-            stored = stacks, places
-            row, new_scalars, new_vectors = self._once(i, joined, start, stored, scalars, vectors)
-            failures = new_scalars[SCALARS.index("failures")]
-            go = row.finite & (failures < most_failures) & (row.failed | (row.norm > tol))
+            row, new, new_vectors = self._once(i, given, Scalars(*scalars.unbind()), vectors)
+            go = row.finite & (new.failures < most_failures) & (row.failed | (row.norm > tol))
             cells = torch.stack([cell.double() for cell in row])
             rows = rows.index_copy(0, i[None], cells[None])
             # where g is concave, the systems are solved otherwise than here; where they are not
@@ -118,8 +110,8 @@ class Iterations:
             fits = (row.concave <= CONCAVE) & ~row.flattered
             if self.still:
                 fits = fits & ~(row.residual > 1)
-            state = zip((new_scalars, *new_vectors), (scalars, *vectors), strict=True)
-            kept = (torch.where(fits, new, old) for new, old in state)
+            state = zip((torch.stack(new), *new_vectors), (scalars, *vectors), strict=True)
+            kept = (torch.where(fits, *both) for both in state)
             return i + fits, go & fits, rows, *kept
 
         rows = torch.zeros(self.slots, len(Row._fields), dtype=torch.float64)
@@ -130,195 +122,97 @@ class Iterations:
     def still(self) -> bool:
         return self.method.is_still(self.counts[0] > 0, self.watches[1])
 
-    def _draw(self, level: int, stored: tuple[list[list[Tensor]], Tensor], at: Tensor) -> Draw:
-        """The outer, inner or Hessian batch at a place."""
-        stacks, places = stored
-        if not stacks[level]:
-            return Draw(None)
-        row = places[level].index_select(0, at.reshape(1))
-        picked = [stack.index_select(0, row).squeeze(0) for stack in stacks[level]]
-        return Draw(rebuild(self.skeletons[level], iter(picked)))
-
     def _once(
-        self,
-        i: Tensor,
-        joined: tuple[Tensor, Tensor],
-        start: Tensor,
-        stored: tuple[list[list[Tensor]], Tensor],
-        scalars: Tensor,
-        vectors: Sequence[Tensor],
-    ) -> tuple[Row, Tensor, list[Tensor]]:
+        self, i: Tensor, given: _Given, old: Scalars, vectors: Sequence[Tensor]
+    ) -> tuple[Row, Scalars, list[Tensor]]:
         """Iteration i of the call: its row, and the scalars and vectors after it."""
         x, before, q, *rest = vectors
-        k, outer_last, inner_last, n, weight, terms, gain, failures, *known = scalars.unbind()
-        noise, noises, *agreement, concave, halvings = known[: -len(Lengths._fields)]
-        # copies: two views of one tensor may not enter the loop of a search together
-        lengths = Lengths(*(n.clone() for n in known[-len(Lengths._fields) :]))
-        m: Tensor | int = joined[0] if self.joins[0] else 1
-        fixed = max(1, self.counts[1])
-        drawn = joined[1] + int(self.watches[1]) if self.joins[1] else fixed
-        many = joined[1] if self.joins[1] else 1
+        draws = self._draws(i, given)
+        oracle = Traced(self.oracle, draws.hessian[0] if self.matrix else None)
+        start = given.start if self.method.fresh else before
+        inner = self._inner(oracle, draws, (x, start), old)
+        here = x, inner.y
 
-        def outer_of(j: Tensor | int) -> Draw:
-            return self._draw(0, stored, i * (m + int(self.watches[0])) + j)
-
-        def of(j: Tensor | int) -> Draw:
-            return self._draw(2, stored, i * drawn + j)
-
-        outer = Run(outer_of, joined[0]) if self.joins[0] else self._draw(0, stored, i)
-        hessian = [Run(of, joined[1])] if self.joins[1] else [of(j) for j in range(fixed)]
-        oracle = Traced(self.oracle, hessian[0] if self.matrix else None)
-
-        begin = start if self.method.fresh else before
-        inner = self._inner(oracle, i, stored, (x, begin), k, inner_last)
-        y = inner.y
-
-        # the hypergradient; chunks lets Implicit alone pass, and Traced stands in for its oracle
-        learned = Learned(concave, halvings)
-        solver = Counted(self.method.hypergradient.solver, learned)  # type: ignore[attr-defined]
-        h = Implicit(solver).estimate(oracle, x, y, outer, hessian, [], q)  # type: ignore[arg-type]
+        # chunks lets Implicit alone pass, and Traced stands in for its oracle
+        solver = Counted(self.method.hypergradient.solver, old.learned)  # type: ignore[attr-defined]
+        implicit: Any = Implicit(solver)
+        h = implicit.estimate(oracle, *here, draws.outer, draws.hessian, [], q)
         solver.counts.append(1)  # the cross term
-        assert h.inner_value is not None and h.q is not None and h.residual is not None
-        noise_new, noises_new = noise, noises
-        here = there = h.lag
-        if self.watches[1]:
-            assert h.elsewhere is not None
-            excess, there = h.elsewhere(of(joined[1]))
-            noise_new, noises_new = _noise(noise, noises, excess.double(), joined[1])
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
-        moments = Moments(first, second, n, weight)  # type: ignore[arg-type]
-        d, moved = self.method.direction(h.grad, moments, lengths.share)
-        d = self.method.heeded(d, h)
+        moments = Moments(first, second, old.n, old.w)
+        d, moments = self.method.direction(h.grad, moments, old.lengths.share)
 
-        lasts = outer_last, lengths
-        kappa = _kappa(agreement, m, self.alone)
-        step = self._outer(oracle, (x, y), outer, h, d, k, lasts, kappa, (m, many))
-        new_x, new_y, alpha, failed = step.x, step.y, step.size, step.failed
+        step = self._outer(oracle, here, draws, h, self.method.heeded(d, h), old)
         if step.follows:
             solver.counts.append(1)  # g_yx d
+        judged = self._judged(oracle, here, draws, h, step, old)
+        looked = _looked(h, inner, step)
+        nearer = self._nearer(oracle, draws, h, step, judged.there, looked.finite, solver)
+        average = self._average(oracle, here, draws, h, old, rest[-2:]) if self.averaged else None
+        taken = _Taken(inner, h, moments, step, judged, looked, nearer, average, solver)
+        new = self._scalars(taken, old), self._vectors(taken, vectors)
+        return self._row(taken, draws), *new
 
-        agreement_new = agreement
-        told = self.watches[0] and step.follows
-        if told:
-            _, fx, fy = oracle.outer_gradients(x, y, outer_of(joined[0]))
-            own, seen = slopes(h, (fx, fy), (new_x - x, new_y - y))
-            agreement_new = _agreement(agreement, own.double() / alpha, seen.double() / alpha, m)
+    def _draw(self, level: int, given: _Given, at: Tensor) -> Draw:
+        """The outer, inner or Hessian batch at a place."""
+        stacks = given.stacks[level]
+        if not stacks:
+            return Draw(None)
+        row = given.places[level].index_select(0, at.reshape(1))
+        picked = [stack.index_select(0, row).squeeze(0) for stack in stacks]
+        return Draw(rebuild(self.skeletons[level], iter(picked)))
 
-        # what is kept: all of it, or, where numbers are not finite, nothing
-        norm, evaluations = torch.linalg.vector_norm(h.grad), step.evaluations
-        inner_value = h.inner_value + unsound(inner.spoiled).to(x.dtype)
-        finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
-        finite = finite & new_x.isfinite().all() & new_y.isfinite().all()
-        flattered = torch.zeros_like(finite)
-        if self.method.corrects and not self.method.fresh:
-            assert here is not None and there is not None
-            lag = here.double(), there.double(), alpha * step.slope.double().abs()
-            behind = is_behind(*lag)
-            flattered = flattered if self.still else is_flattered(*lag, h.residual)
-            judge = self._draw(1, stored, i * self.counts[0])
-            new_y, products, looks, concave_new = _corrected(
-                oracle, behind & finite & ~failed, new_x, new_y, h, judge, solver
-            )
-            solver.counts.append(products)
-            solver.concave.append(concave_new)
-            evaluations = evaluations + looks
-        kept = [torch.where(failed, x, new_x), torch.where(failed, y, new_y), h.q]
-        if self.moments:
-            assert moved.m is not None and moved.v is not None
-            kept += [moved.m, moved.v]
-        if self.averaged:
-            ax, ay = rest[-2:]
-            difference = (h.value - oracle.value("outer", ax, ay, outer)).double()
-            seen = difference.isfinite()
-            judged = Average(ax, ay, terms, gain).compare(difference)  # type: ignore[arg-type]
-            added = Average(ax, ay, terms.to(x.dtype)).add(oracle, x, y)  # type: ignore[arg-type]
-            kept += [torch.where(seen, added.x, x), torch.where(seen, added.y, y)]
-            terms = torch.where(finite, torch.where(seen, terms + 1, 1.0), terms)
-            gain = torch.where(finite, torch.where(seen, judged.gain, 0.0), gain)
-        new_vectors = [
-            torch.where(finite, new, old)
-            for new, old in zip(kept, [x, before, q, *rest], strict=True)
-        ]
-        new_scalars = torch.stack(
-            [
-                k + 1,
-                torch.where(finite, step.last, outer_last),
-                torch.where(finite, inner.last, inner_last),
-                torch.where(finite, n + 1, n) if self.moments else n,
-                torch.where(finite, moved.w, weight),
-                terms,
-                gain,
-                torch.where(finite & failed, failures + 1, 0.0),
-                torch.where(finite, noise_new, noise),
-                torch.where(finite, noises_new, noises),
-                *(
-                    torch.where(finite, new, old)
-                    for new, old in zip(agreement_new, agreement, strict=True)
-                ),
-                torch.where(finite, solver.concave[-1].double(), concave),
-                torch.where(finite & self.still, learned.judge(step.apart).halvings, halvings),
-                *(
-                    torch.where(finite, new, old)
-                    for new, old in zip(step.lengths, lengths, strict=True)
-                ),
-            ]
+    def _draws(self, i: Tensor, given: _Given) -> _Draws:
+        """Those of iteration i of the call."""
+        m, many = (n if joins else 1 for n, joins in zip(given.joined, self.joins, strict=True))
+        steps, fixed = max(1, self.counts[0]), max(1, self.counts[1])
+        drawn = many + int(self.watches[1]) if self.joins[1] else fixed
+
+        def outer(j: Tensor | int) -> Draw:
+            return self._draw(0, given, i * (m + int(self.watches[0])) + j)
+
+        def inner(t: Tensor | int) -> Draw:
+            return self._draw(1, given, i * self.counts[0] + t % steps)
+
+        def hessian(j: Tensor | int) -> Draw:
+            return self._draw(2, given, i * drawn + j)
+
+        return _Draws(
+            outer=Run(outer, given.joined[0]) if self.joins[0] else outer(0),
+            inner=inner,
+            hessian=(
+                [Run(hessian, given.joined[1])]
+                if self.joins[1]
+                else [hessian(j) for j in range(fixed)]
+            ),
+            fresh=outer(m) if self.watches[0] else None,
+            other=hessian(many) if self.watches[1] else None,
+            many=(m, many),
         )
-        row = Row(
-            value=h.value,
-            inner_value=inner_value,
-            norm=norm,
-            outer_step=alpha,
-            inner_step=inner.size,
-            residual=h.residual,
-            finite=finite,
-            outer_trials=step.trials,
-            inner_trials=inner.trials,
-            inner_failures=inner.failures,
-            failed=failed,
-            gradients=torch.zeros_like(alpha)
-            + self.steps
-            + m
-            + many
-            + told
-            + self.watches[1]
-            + step.follows * many * step.trials,
-            hessian_products=many * sum(solver.counts, torch.zeros_like(alpha))
-            + int(self.watches[1]),
-            loss_evaluations=inner.trials + evaluations + m * int(self.averaged),
-            concave=solver.concave[-1],
-            flattered=flattered,
-        )
-        return row, new_scalars, new_vectors
 
     def _inner(
-        self,
-        oracle: Traced,
-        i: Tensor,
-        stored: tuple[list[list[Tensor]], Tensor],
-        point: tuple[Tensor, Tensor],
-        k: Tensor,
-        last: Tensor,
+        self, oracle: Traced, draws: _Draws, point: tuple[Tensor, Tensor], old: Scalars
     ) -> _Inner:
-        """The inner steps of iteration i of the call."""
+        """The inner steps of an iteration."""
         x, y = point
 
         def step(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             last, spoiled, _, trials, failures = tally.unbind()
-            draw = self._draw(1, stored, i * self.counts[0] + t % max(1, self.counts[0]))
+            draw = draws.inner(t)
             value, gy = oracle.inner_gradient(x, y, draw)
 
             def phi(t: Tensor) -> tuple[Tensor, int]:
                 return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
 
-            found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, k, last)
+            found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, old.k, last)
             size, last, more, failed, *_ = found
             value = value.double() + unsound(spoiled)  # from the first on that is not finite
             tally = torch.stack([last, value, size, trials + more, failures + failed])
             return t + 1, y - size.to(y.dtype) * gy, tally
 
         nothing = torch.zeros((), dtype=torch.float64)
-        tally = torch.stack([last, nothing, nothing, nothing, nothing])
+        tally = torch.stack([old.inner_last, nothing, nothing, nothing, nothing])
         carry = (torch.zeros((), dtype=torch.int64), y + 0, tally)
         if self.steps == 1:
             _, y, tally = step(*carry)
@@ -330,28 +224,21 @@ class Iterations:
         self,
         oracle: Traced,
         point: tuple[Tensor, Tensor],
-        outer: Draw,
+        draws: _Draws,
         h: Estimate,
         d: Tensor,
-        k: Tensor,
-        lasts: tuple[Tensor, Lengths],
-        kappa: Tensor,
-        many: tuple[Tensor | int, Tensor | int],
+        old: Scalars,
     ) -> _Outer:
-        """The outer step along d; ``many``: outer and Hessian batches in one evaluation."""
-        (x, y), (last, lengths) = point, lasts
-        rule, follow = self.method.outer_rule, None
-        rise, first = lengths.allowed(kappa), last.isnan()
-        length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
+        """The outer step along d."""
+        (x, y), last, (m, many) = point, old.outer_last, draws.many
+        first = last.isnan()
+        # copies: two views of one tensor may not enter the loop of a search together
+        lengths = Lengths(*(length.clone() for length in old.lengths))
+        kappa = 1.0 if self.alone else old.agreement.kappa(m)
+        rise = lengths.allowed(kappa)
         most = ceiling(h.value) + rise
-        apart: Tensor | float = torch.nan
-        slope = torch.dot(h.grad, d)
-        if isinstance(rule, Armijo):
-            if self.method.response == "frozen":
-                slope = torch.dot(h.direct, d)
-            else:
-                slope, apart, follow = h.respond(d, first)
-
+        slope, apart, follow = self._course(h, d, first)
+        length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
         leap = lengths.leap(length, norm, last, kappa) * self.method.leaps
 
         def reach(t: Tensor) -> tuple[Tensor, Followed]:
@@ -361,30 +248,198 @@ class Iterations:
 
         def phi(t: Tensor) -> tuple[Tensor, Tensor | int, Tensor]:
             xt, (yt, trusted, bent, off) = reach(t)
-            value = oracle.value("outer", xt, yt, outer)
+            value = oracle.value("outer", xt, yt, draws.outer)
             if follow is None:
-                return value, many[0], value
+                return value, m, value
             assert isinstance(trusted, Tensor)
-            there = oracle.value("outer", xt, bent, outer)
+            there = oracle.value("outer", xt, bent, draws.outer)
             twice = trusted & ~first & (there <= most)
             value = torch.where(trusted & first, there, torch.where(twice, value, torch.inf))
             value = torch.where((t == leap) & (off > STRAIGHT), torch.inf, value)
-            return value, (trusted + 0 + twice) * many[0] + many[1], there
+            return value, (trusted + 0 + twice) * m + many, there
 
-        found = move(rule, h.value, slope, phi, k, last, kappa, True, (leap, rise))
-        size, last, trials, failed, evaluations, leapt, gain = found
-        searched = lengths.refused().where((leap > 0) & (slope < 0), lengths)
-        moved = size * length
-        ended = searched.found(moved, norm, gain).where((moved > 0) & (norm > 0), searched)
-        after = lengths.leapt(gain).where(leapt, ended)
-        after = lengths.where(first, after)
-        new_x, followed = reach(size)
-        new_y = torch.where(size > 0, followed.y, y)
-        follows = follow is not None
+        rule = self.method.outer_rule
+        found = move(rule, h.value, slope, phi, old.k, last, kappa, True, (leap, rise))
+        new_x, followed = reach(found.size)
+        if self.method.leaps:
+            tried = (leap > 0) & (slope < 0)
+            after = lengths.after(tried, found.leapt, found.size * length, norm, found.gain)
+            lengths = lengths.where(first, after)
         return _Outer(
-            *(new_x, new_y, size, last, trials, failed > 0, evaluations, slope, apart, follows),
-            after if self.method.leaps else lengths,
+            x=new_x,
+            y=torch.where(found.size > 0, followed.y, y),
+            size=found.size,
+            last=found.last,
+            trials=found.trials,
+            failed=found.failed > 0,
+            evaluations=found.evaluations,
+            slope=slope,
+            apart=apart,
+            follows=follow is not None,
+            lengths=lengths,
         )
+
+    def _course(self, h: Estimate, d: Tensor, first: Tensor) -> Course | tuple[Tensor, float, None]:
+        """The slope along d, how far two estimates of it are apart, and how y follows."""
+        if not isinstance(self.method.outer_rule, Armijo):
+            return torch.dot(h.grad, d), torch.nan, None
+        if self.method.response == "frozen":
+            return torch.dot(h.direct, d), torch.nan, None
+        return h.respond(d, first)
+
+    def _judged(
+        self,
+        oracle: Traced,
+        here: tuple[Tensor, Tensor],
+        draws: _Draws,
+        h: Estimate,
+        step: _Outer,
+        old: Scalars,
+    ) -> _Judged:
+        """What batches say that nothing of the step is of."""
+        noise, agreement, there = old.noise, old.agreement, h.lag
+        if draws.other is not None:
+            assert h.elsewhere is not None
+            excess, there = h.elsewhere(draws.other)
+            noise = noise.add(excess.double(), draws.many[1])
+        if draws.fresh is not None and step.follows:
+            _, fx, fy = oracle.outer_gradients(*here, draws.fresh)
+            own, seen = slopes(h, (fx, fy), (step.x - here[0], step.y - here[1]))
+            own, seen = own.double() / step.size, seen.double() / step.size
+            agreement = agreement.add(own, seen, draws.many[0])
+        return _Judged(noise, agreement, there)
+
+    def _nearer(
+        self,
+        oracle: Traced,
+        draws: _Draws,
+        h: Estimate,
+        step: _Outer,
+        there: Tensor | None,
+        finite: Tensor,
+        solver: Counted,
+    ) -> _Nearer:
+        """y nearer to its solution, where it lags behind."""
+        flattered = torch.zeros_like(finite)
+        if not self.method.corrects or self.method.fresh:
+            return _Nearer(step.y, flattered, 0)
+        assert h.lag is not None and there is not None
+        lag = h.lag.double(), there.double(), step.size * step.slope.double().abs()
+        if not self.still:
+            flattered = is_flattered(*lag, h.residual)
+        behind = is_behind(*lag) & finite & ~step.failed
+        y, products, looks, concave = _corrected(
+            oracle, behind, step.x, step.y, h, draws.inner(0), solver
+        )
+        solver.counts.append(products)
+        solver.concave.append(concave)
+        return _Nearer(y, flattered, looks)
+
+    def _average(
+        self,
+        oracle: Traced,
+        here: tuple[Tensor, Tensor],
+        draws: _Draws,
+        h: Estimate,
+        old: Scalars,
+        averages: Sequence[Tensor],
+    ) -> Average:
+        """The average of the iterates with one more; that alone, where f is not finite at it."""
+        x, y = averages
+        difference = (h.value - oracle.value("outer", x, y, draws.outer)).double()
+        seen = difference.isfinite()
+        average: Any = Average
+        judged = average(x, y, old.terms, old.gain).compare(difference)
+        added = average(x, y, old.terms.to(x.dtype)).add(oracle, *here)
+        return average(
+            *(torch.where(seen, *both) for both in zip(added[:2], here, strict=True)),
+            terms=torch.where(seen, old.terms + 1, 1.0),
+            gain=torch.where(seen, judged.gain, 0.0),
+        )
+
+    def _row(self, taken: _Taken, draws: _Draws) -> Row:
+        """What is reported; evaluations are those that the oracle of a plain one counts."""
+        inner, h, _, step, _, looked, nearer, _, solver = taken
+        (m, many), nothing = draws.many, torch.zeros_like(step.size)
+        told = draws.fresh is not None and step.follows
+        other = int(draws.other is not None)
+        gradients = nothing + self.steps + m + many + told + other
+        looks = inner.trials + (step.evaluations + nearer.evaluations)
+        return Row(
+            value=h.value,
+            inner_value=looked.inner_value,
+            norm=looked.norm,
+            outer_step=step.size,
+            inner_step=inner.size,
+            residual=h.residual,
+            finite=looked.finite,
+            outer_trials=step.trials,
+            inner_trials=inner.trials,
+            inner_failures=inner.failures,
+            failed=step.failed,
+            gradients=gradients + step.follows * many * step.trials,
+            hessian_products=many * sum(solver.counts, nothing) + other,
+            loss_evaluations=looks + m * int(self.averaged),
+            concave=solver.concave[-1],
+            flattered=nearer.flattered,
+        )
+
+    def _scalars(self, taken: _Taken, old: Scalars) -> Scalars:
+        """After it; where numbers are not finite, those before."""
+        step, (noise, agreement, _), average = taken.step, taken.judged, taken.average
+        halvings = old.learned.judge(step.apart).halvings if self.still else old.halvings
+        new = old._replace(
+            outer_last=step.last,
+            inner_last=taken.inner.last,
+            n=taken.moments.n,
+            w=taken.moments.w,
+            terms=average.terms if average else old.terms,
+            gain=average.gain if average else old.gain,
+            excess=noise.level,
+            excesses=noise.terms,
+            signal=agreement.signal,
+            spread=agreement.noise,
+            slopes=agreement.terms,
+            concave=taken.solver.concave[-1].double(),
+            halvings=halvings,
+            **step.lengths._asdict(),
+        ).where(taken.looked.finite, old)
+        failed = taken.looked.finite & step.failed
+        return new._replace(k=old.k + 1, failures=torch.where(failed, old.failures + 1, 0.0))
+
+    def _vectors(self, taken: _Taken, old: Sequence[Tensor]) -> list[Tensor]:
+        """After it; where numbers are not finite, those before."""
+        failed, x = taken.step.failed, old[0]
+        new = [
+            torch.where(failed, x, taken.step.x),
+            torch.where(failed, taken.inner.y, taken.nearer.y),
+            taken.h.q,
+            *(taken.moments[:2] if self.moments else ()),
+            *(taken.average[:2] if taken.average else ()),
+        ]
+        return [torch.where(taken.looked.finite, *both) for both in zip(new, old, strict=True)]
+
+
+class _Given(NamedTuple):
+    """What a call is given beside the state: how many batches are joined, where y starts afresh,
+    the different batches of each level, and which of them each iteration takes."""
+
+    joined: tuple[Tensor, Tensor]
+    start: Tensor
+    stacks: list[list[Tensor]]
+    places: Tensor
+
+
+class _Draws(NamedTuple):
+    """The batches of one iteration; ``inner``: of an inner step; ``fresh`` and ``other``: of f and
+    of g, to judge the others; ``many``: outer and Hessian ones in one evaluation."""
+
+    outer: Draw
+    inner: Callable[[Any], Draw]
+    hessian: list[Draw]
+    fresh: Draw | None
+    other: Draw | None
+    many: tuple[Any, Any]
 
 
 class _Inner(NamedTuple):
@@ -414,35 +469,51 @@ class _Outer(NamedTuple):
     lengths: Lengths
 
 
-def _noise(level: Tensor, terms: Tensor, excess: Tensor, batches: Tensor) -> tuple[Tensor, Tensor]:
-    """:meth:`bilevel.noise.Noise.add`: level and terms."""
-    s = (batches * excess).clamp(-BOUND, BOUND)
-    known = ~excess.isnan()
-    weight = 1 / (terms + 1).clamp(max=MEMORY)
-    return torch.where(known, level + weight * (s - level), level), terms + known
+class _Looked(NamedTuple):
+    """g, |h|, and whether these, f and the point that the step leads to are finite."""
+
+    inner_value: Tensor
+    norm: Tensor
+    finite: Tensor
 
 
-def _kappa(agreement: Sequence[Tensor], batches: Tensor | int, alone: bool) -> Tensor:
-    """:meth:`bilevel.noise.Agreement.kappa`."""
-    signal, noise, _ = agreement
-    kappa = torch.where(signal > 0, signal / (signal + noise.clamp(min=0) / batches), 0.0)
-    return torch.ones_like(kappa) if alone else kappa
+class _Judged(NamedTuple):
+    """``there``: how far y lags behind, on another batch."""
+
+    noise: Noise
+    agreement: Agreement
+    there: Tensor | None
 
 
-def _agreement(
-    agreement: Sequence[Tensor], own: Tensor, fresh: Tensor, batches: Tensor | int
-) -> list[Tensor]:
-    """:meth:`bilevel.noise.Agreement.add`: signal, noise and terms."""
-    signal, noise, terms = agreement
-    known = (own < 0) & own.isfinite() & fresh.isfinite()
-    weight = 1 / (terms + 1).clamp(max=MEMORY)
-    new_signal = signal + weight * (-fresh - signal)
-    new_noise = noise + weight * (batches * (fresh - own) - noise)
-    return [
-        torch.where(known, new_signal, signal),
-        torch.where(known, new_noise, noise),
-        terms + known,
-    ]
+class _Nearer(NamedTuple):
+    """y after the correction, whether f was flattered, and the evaluations."""
+
+    y: Tensor
+    flattered: Tensor
+    evaluations: Any
+
+
+class _Taken(NamedTuple):
+    """An iteration."""
+
+    inner: _Inner
+    h: Any  # its Estimate
+    moments: Moments
+    step: _Outer
+    judged: _Judged
+    looked: _Looked
+    nearer: _Nearer
+    average: Average | None
+    solver: Counted
+
+
+def _looked(h: Estimate, inner: _Inner, step: _Outer) -> _Looked:
+    assert h.inner_value is not None
+    inner_value = h.inner_value + unsound(inner.spoiled).to(h.value.dtype)
+    norm = torch.linalg.vector_norm(h.grad)
+    finite = torch.stack([h.value, inner_value, norm]).isfinite().all()
+    finite = finite & step.x.isfinite().all() & step.y.isfinite().all()
+    return _Looked(inner_value, norm, finite)
 
 
 def _corrected(

@@ -34,9 +34,16 @@ from bilevel.problem import Draw, Oracle, Products
 
 
 class Followed(NamedTuple):
-    """y where x is x + t d; whether it can be trusted; where y is if it bends with y*, as far as f
-    sees that: y itself where nothing is known of it; and by which share of what second order says
-    g gains by following more or less than that."""
+    """Where y is once x is x + t d.
+
+    Attributes:
+        y: along its tangent, or the steps that lead to it.
+        trusted: whether g has gained by it as it should.
+        bent: y if it bends with y*, as far as f sees that; y itself where nothing is known of it.
+        off: |gain of g by following - its second-order prediction| / prediction, beyond rounding.
+
+    Points have the shape of y; the others are 0-dim, or numbers.
+    """
 
     y: Tensor
     trusted: Tensor | bool

@@ -14,8 +14,9 @@ from bilevel.rules import LEAST_C, Line, Move
 from bilevel.trials import Trials
 
 HALVINGS = 10  # of a first step at most
-NEAR = 0.25  # share by which g may be off where y is near y*, of which nothing else need tell
-LOST = 3  # iterations in a row that go wrong, of which x stays in the last
+FIRST_OFF = 0.25  # share by which g may be off at the end of a first step that needs no other look
+IN_A_ROW = 3  # iterations that go wrong, of which x stays in the last
+WAITS = 10  # iterations that x waits at most for y; corrections of one
 FLATTERED = 2  # times what a step gains, by which f is too low where y lags
 SOLVED = 0.2  # residual of the system of q, up to which its <q, g_y> is to be trusted so far
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*
@@ -36,7 +37,7 @@ def is_lost(residual: float | Tensor, unsolved: int) -> bool:
     Args:
         residual: of this iteration.   unsolved: iterations before it, in a row.
     """
-    return unsolved >= LOST - 1 and bool(residual > 1)
+    return unsolved >= IN_A_ROW - 1 and bool(residual > 1)
 
 
 def is_behind(here: Any, there: Any, gain: Any) -> Any:
@@ -87,14 +88,14 @@ def arrived(
         return x, trials.y if y is None else y
 
     def change(t: float) -> float:
-        return LEAST_C * (t * slope if line.predicted is None else line.predicted(t))
+        return LEAST_C * line.change(t)
 
     def value(point: tuple[Tensor, Tensor], lag: float = 0.0) -> float:
         x, y = point
         return float(oracle.value("outer", x, settled(x, y, lag), outer))
 
-    slope, size, start = float(line.slope), float(move.size), (trials.x, trials.y)
-    if trials.straight(size, NEAR):
+    size, start = float(move.size), (trials.x, trials.y)
+    if trials.straight(size, FIRST_OFF):
         return move, reach(size)
     # from where it starts, y is mostly near; at the end <q, g_y> may tell of another place
     found = value(reach(size))

@@ -6,14 +6,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from bilevel.alike import where
 from bilevel.rules import Line, Move
 
 SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
-MEMORY = 0.95  # of what was gained, from one iteration to the next
-LOST, REFUSED = 0.95, 0.5  # share of its length that a leap keeps
+BUDGET_KEPT = 0.95  # of what was gained, from one iteration to the next
+AFTER_LOSS, AFTER_REFUSAL = 0.95, 0.5  # shares of its length that a leap keeps
 STRAIGHT = 0.1  # share by which g may be off where a leap leads: f is judged along y's tangent
 FARTHER = 2  # times as far as the last search, or it is no leap
 
@@ -38,9 +36,10 @@ class Lengths(NamedTuple):
     gradients then is of more of them: see ``share`` and :class:`bilevel.rules.Adam`.
 
     Attributes:
-        latest: of the steps that searches found, in those units; the mean of it and the last.
+        latest: of the steps that searches found, in those units; a running mean, of which each new
+            step counts half.
         longest: the largest of these.   farthest: alpha ||d|| at most.
-        budget: sum of what steps gained, less ``1 - MEMORY`` in each iteration; not below 0.
+        budget: sum of what steps gained, less ``1 - BUDGET_KEPT`` in each iteration; not below 0.
 
     Numbers, or tensors in a graph. Reference: Zhang & Hager 2004 for a search that is not monotone.
     """
@@ -58,8 +57,8 @@ class Lengths(NamedTuple):
     def share(self) -> Any:
         """Length of the late ones over that of the longest, between 1 / ``SHRUNK`` and 1."""
         least = self.longest / SHRUNK
-        late = _where(self.latest > least, self.latest, least)
-        return _where(late > 0, late / (self.longest + (late <= 0)), 1.0)
+        late = where(self.latest > least, self.latest, least)
+        return where(late > 0, late / (self.longest + (late <= 0)), 1.0)
 
     def allowed(self, kappa: Any) -> Any:
         """By how much f may rise; ``kappa``: see :class:`bilevel.noise.Agreement`."""
@@ -69,59 +68,52 @@ class Lengths(NamedTuple):
         """The alpha to be tried first, 0 for none, from the lengths of d and h and the alpha of the
         last search; none where nothing is known of other batches (``kappa`` is 0)."""
         far = self.longest * h
-        alpha = self.shrunk * (kappa > 0) * _where(far < self.farthest, far, self.farthest)
+        alpha = self.shrunk * (kappa > 0) * where(far < self.farthest, far, self.farthest)
         alpha = alpha / (d + (d <= 0))  # lengths may be lost in rounding
         # steps that grow, as on the way from a saddle, are not to be held back by a leap
-        return _where(alpha > FARTHER * last, alpha, 0 * alpha)
+        return where(alpha > FARTHER * last, alpha, 0 * alpha)
 
     def leapt(self, gain: Any) -> Lengths:
         """After a leap that was taken."""
-        shorter = _where(gain <= 0, self.longest * LOST, self.longest)
+        shorter = where(gain <= 0, self.longest * AFTER_LOSS, self.longest)
         return self._replace(longest=shorter)._earn(gain)
 
     def refused(self) -> Lengths:
         """After one that was not."""
-        return self._replace(longest=self.longest * REFUSED)
+        return self._replace(longest=self.longest * AFTER_REFUSAL)
 
     def found(self, far: Any, h: Any, gain: Any) -> Lengths:
         """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""
-        step = far / h
+        step = far / (h + (h <= 0))  # never by 0
         # the mean, as a batch of a small gradient has long ones
-        latest = _where(self.latest > 0, (self.latest + step) / 2, step)
-        longest = _where(latest > self.longest, latest, self.longest)
-        farthest = _where(far > self.farthest, far, self.farthest)
+        latest = where(self.latest > 0, (self.latest + step) / 2, step)
+        longest = where(latest > self.longest, latest, self.longest)
+        farthest = where(far > self.farthest, far, self.farthest)
         return self._replace(longest=longest, latest=latest, farthest=farthest)._earn(gain)
 
-    def after(self, leapt: Any, moved: float, norm: float, gain: float) -> Lengths:
+    def after(self, tried: Any, leapt: Any, moved: Any, norm: Any, gain: Any) -> Lengths:
         """After an iteration.
 
         Args:
-            leapt: False: a leap was refused; None: none was tried; else it was one.
+            tried: whether a leap was.   leapt: whether it was taken.
             moved: length of the step.   norm: of the hypergradient.   gain: of the step.
         """
-        if leapt:
-            return self.leapt(gain)
-        lengths = self.refused() if leapt is False else self
-        return lengths.found(moved, norm, gain) if moved > 0 and norm > 0 else lengths
+        searched = self.refused().where(tried, self)
+        found = searched.found(moved, norm, gain).where((moved > 0) & (norm > 0), searched)
+        return self.leapt(gain).where(leapt, found)
 
     def _earn(self, gain: Any) -> Lengths:
-        budget = MEMORY * (self.budget + gain)
-        return self._replace(budget=_where(budget > 0, budget, 0 * budget))
+        budget = BUDGET_KEPT * (self.budget + gain)
+        return self._replace(budget=where(budget > 0, budget, 0 * budget))
 
-    def where(self, condition: Tensor, others: Lengths) -> Lengths:
-        """These, or the others, in a graph."""
-        return Lengths(*(torch.where(condition, a, b) for a, b in zip(self, others, strict=True)))
+    def where(self, condition: Any, others: Lengths) -> Lengths:
+        """These, or the others."""
+        return Lengths(*(where(condition, a, b) for a, b in zip(self, others, strict=True)))
 
 
 def leap(line: Line, t: float, rise: float, last: float | None) -> Move | None:
     """The move to t, if f rises there by ``rise`` at most."""
-    if line.predicted is not None and line.predicted(t) > 0:  # a projection turns it back
+    if line.change(t) > 0:  # a projection turns it back
         return None
     gain = float(line.value) - float(line.phi(t))
     return Move(t, last, 1, gain=gain) if math.isfinite(gain) and gain >= -rise else None
-
-
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    if isinstance(condition, Tensor):
-        return torch.where(condition, a, b)
-    return a if condition else b

@@ -16,8 +16,10 @@ from bilevel import checkpoint as files
 from bilevel import require
 from bilevel.data import Cycle, refuse_shared
 from bilevel.distributed import Ranks, is_agreed
+from bilevel.drawn import Batches
+from bilevel.lag import WAITS
 from bilevel.layout import Variable
-from bilevel.method import PATIENCE, Batches, Method
+from bilevel.method import Method
 from bilevel.noise import averaged
 from bilevel.presets import PRESETS
 from bilevel.problem import Problem, make_oracle
@@ -115,36 +117,23 @@ def solve(
     Reference: Fan et al. 2023 (arXiv 2305.18666).
     """
     method = _method(method)
-    for name, count, least in (
-        ("steps", steps, 0),
-        ("inner_steps", inner_steps, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-    ):
-        require.whole("", name, count, least)
+    _check(
+        steps=steps,
+        inner_steps=inner_steps,
+        warm_start=warm_start,
+        tol=tol,
+        callback=callback,
+        progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+        compile=compile,
+        seed=seed,
+        twice=data is not None and (outer_data is not None or inner_data is not None),
+    )
     # plain numbers, of NumPy's, for the words and the file
     steps, inner_steps, checkpoint_every = map(index, (steps, inner_steps, checkpoint_every))
-    for name, value in (("warm_start", warm_start), ("resume", resume)):
-        require.flag("", name, value)
-    if progress is not None:
-        require.flag("", "progress", progress)
-    if tol is not None:
-        require.number("", "tol", tol, "[0, inf)", ", or None to take all steps")
-        tol = float(tol)
-    if seed is not None:
-        require.whole("", "seed", seed, least=None)
-        seed = index(seed)
-    if callback is not None:
-        require.function("", "callback", callback, "a function(state, record)", 2)
-    if checkpoint is not None:
-        require.path("checkpoint", checkpoint)
-    if data is not None and (outer_data is not None or inner_data is not None):
-        raise ValueError(
-            "data was given together with outer_data or inner_data, which it replaces: it yields "
-            "(outer_batch, inner_batch) pairs; leave out data, or the two."
-        )
-    if resume and checkpoint is None:
-        raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
-    require.flag("", "compile", compile)
+    tol = None if tol is None else float(tol)
     problem = Problem(outer, inner, project)
     warm_start = warm_start and not method.fresh
     if not warm_start:
@@ -153,7 +142,7 @@ def solve(
     state = method.init(x, y)
     ranks = Ranks(state.vectors[1].device)
     if seed is not None:
-        torch.manual_seed(seed + ranks.rank)
+        torch.manual_seed(index(seed) + ranks.rank)
     oracle = make_oracle(problem, *state.layouts)
     if data is None:
         oracle.require_data(outer_data, inner_data)
@@ -170,27 +159,14 @@ def solve(
     saver.note(state, history)
     saver.prepare()
     batches = None
-    chunks = None
+    take: _Take = partial(_singly, method, problem)
     if compile:
         from bilevel.chunks import Chunks  # torch.compile is slow to import
 
-        chunks = Chunks(
-            method,
-            problem,
-            replace(state, vectors=(state.vectors[0], start)),
-            source,
-            tol=tol,
-            most_failures=MAX_FAILURES,
-            singly=callback is not None,
-        )
-    reason = f"all {steps} steps were taken"
-    if state.k > steps:
-        reason = (
-            f"no step was taken: the checkpoint already has {state.k} iterations, and steps = "
-            f"{steps} counts those as well"
-        )
+        begin = replace(state, vectors=(state.vectors[0], start))
+        ends: dict[str, Any] = {"tol": tol, "most_failures": MAX_FAILURES}
+        take = Chunks(method, problem, begin, source, **ends, singly=callback is not None)
     ended = _reached(tol, history)  # by the run that is resumed
-    reason = ended or reason
     bar = Bar(steps, progress if ranks.rank == 0 else False, state.k)
     try:
         if state.k == 0 and steps > 0:
@@ -207,24 +183,20 @@ def solve(
             before = begin = state
             if not warm_start:
                 begin = replace(state, vectors=(state.vectors[0], start), solver=None)
+            limit = steps - state.k
+            if checkpoint is not None:
+                limit = min(limit, checkpoint_every - state.k % checkpoint_every)
             try:
                 if batches is None:
                     batches = ranks.read(partial(source.next, *method.wanted(state)))
-                if chunks is None:
-                    state, record = method.step(problem, begin, *batches)
-                    records = [record]
-                else:
-                    limit = steps - state.k
-                    if checkpoint is not None:
-                        limit = min(limit, checkpoint_every - state.k % checkpoint_every)
-                    state, records = chunks(begin, batches, limit)
+                state, records = take(begin, batches, limit)
             except Exception as error:
                 if not history or (ranks.size > 1 and not is_agreed(error)):
                     raise  # the other ranks wait elsewhere, and end when this one does
                 # hours of work are not thrown away for one bad batch
-                reason = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"
+                ended = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"
                 warnings.warn(
-                    f"{reason}; the result holds the last good point.", RuntimeWarning, stacklevel=2
+                    f"{ended}; the result holds the last good point.", RuntimeWarning, stacklevel=2
                 )
                 break
             batches, record = None, records[-1]  # the one that may end the run
@@ -234,33 +206,100 @@ def solve(
                 state = replace(state, vectors=before.vectors, solver=before.solver)
             saver.note(state, history)
             bar.update(record)
-            if record.failure is not None and (
-                state.failures == 0 or state.failures >= MAX_FAILURES
-            ):
-                reason = f"stopped at iteration {record.k}: {record.failure}"
-                if state.failures:
-                    reason += (
-                        f", {state.failures} iterations in a row, with the hypergradient's norm at "
-                        f"{record.hypergrad_norm:.3g} of {history[0].hypergrad_norm:.3g} at first"
-                    )
-                break
-            if callback is not None and _stops(ranks, callback, state, record):
-                reason = f"the callback stopped the run at iteration {record.k}"
-                break
-            if ended := _reached(tol, history):
-                reason = ended
-                break
-            if state.k % checkpoint_every == 0:
+            ended = _failed(state, history)
+            if not ended and callback is not None and _stops(ranks, callback, state, record):
+                ended = f"the callback stopped the run at iteration {record.k}"
+            ended = ended or _reached(tol, history)
+            if not ended and state.k % checkpoint_every == 0:
                 saver.write()
     except KeyboardInterrupt:
         if ranks.size > 1:
             raise  # it met each rank at another place
-        reason = f"interrupted from the keyboard at iteration {state.k}"
+        ended = f"interrupted from the keyboard at iteration {state.k}"
     finally:
         bar.close()
     saver.write()
     _tell_stay(history)
-    return Result(state.x, state.y, reason, history, state)
+    return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
+
+
+# (state, batches, limit) -> the state after between 1 and ``limit`` iterations, their records
+_Take = Callable[[State, Batches, int], tuple[State, list[Record]]]
+
+
+def _singly(
+    method: Method, problem: Problem, state: State, batches: Batches, limit: int
+) -> tuple[State, list[Record]]:
+    state, record = method.step(problem, state, *batches)
+    return state, [record]
+
+
+def _check(
+    *,
+    steps: Any,
+    inner_steps: Any,
+    warm_start: Any,
+    tol: Any,
+    callback: Any,
+    progress: Any,
+    checkpoint: Any,
+    resume: Any,
+    checkpoint_every: Any,
+    compile: Any,
+    seed: Any,
+    twice: bool,
+) -> None:
+    """Refuse arguments of :func:`solve` that are none; ``twice``: data is given in both ways."""
+    for name, count, least in (
+        ("steps", steps, 0),
+        ("inner_steps", inner_steps, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        require.whole("", name, count, least)
+    for name, value in (("warm_start", warm_start), ("resume", resume)):
+        require.flag("", name, value)
+    if progress is not None:
+        require.flag("", "progress", progress)
+    if tol is not None:
+        require.number("", "tol", tol, "[0, inf)", ", or None to take all steps")
+    if seed is not None:
+        require.whole("", "seed", seed, least=None)
+    if callback is not None:
+        require.function("", "callback", callback, "a function(state, record)", 2)
+    if checkpoint is not None:
+        require.path("checkpoint", checkpoint)
+    if twice:
+        raise ValueError(
+            "data was given together with outer_data or inner_data, which it replaces: it yields "
+            "(outer_batch, inner_batch) pairs; leave out data, or the two."
+        )
+    if resume and checkpoint is None:
+        raise ValueError("resume=True without a checkpoint: pass checkpoint='path/to/file'.")
+    require.flag("", "compile", compile)
+
+
+def _all_taken(k: int, steps: int) -> str:
+    """Why a run of ``steps`` steps ends that nothing else has ended, after k iterations."""
+    if k <= steps:
+        return f"all {steps} steps were taken"
+    return (
+        f"no step was taken: the checkpoint already has {k} iterations, and steps = {steps} counts "
+        f"those as well"
+    )
+
+
+def _failed(state: State, history: list[Record]) -> str | None:
+    """Why a run ends after the last of these iterations, if it has failed for good."""
+    record = history[-1]
+    if record.failure is None or 0 < state.failures < MAX_FAILURES:
+        return None
+    reason = f"stopped at iteration {record.k}: {record.failure}"
+    if not state.failures:
+        return reason
+    return (
+        f"{reason}, {state.failures} iterations in a row, with the hypergradient's norm at "
+        f"{record.hypergrad_norm:.3g} of {history[0].hypergrad_norm:.3g} at first"
+    )
 
 
 def _tell_stay(history: list[Record]) -> None:
@@ -268,8 +307,8 @@ def _tell_stay(history: list[Record]) -> None:
     :func:`bilevel.lag.is_flattered`."""
     still = [r for r in history if not (r.outer_step or r.failure)]
     unsolved = [r for r in still if not r.outer_trials and (r.residual or 0) > 1]
-    later = [r for r in history if r.k >= PATIENCE]  # before, x waits for a y that comes from far
-    flattered = [r for r in still if r.outer_trials and r.k >= PATIENCE]
+    later = [r for r in history if r.k >= WAITS]  # before, x waits for a y that comes from far
+    flattered = [r for r in still if r.outer_trials and r.k >= WAITS]
     for most, text in (
         (
             2 * len(unsolved) > len(history),
@@ -280,7 +319,7 @@ def _tell_stay(history: list[Record]) -> None:
             f"hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(steps=200)).",
         ),
         (
-            2 * len(flattered) > len(later) >= PATIENCE,
+            2 * len(flattered) > len(later) >= WAITS,
             f"x stayed where it was in {len(flattered)} of {len(history)} iterations, in which y "
             f"was so far from y*(x) that f fell and F rose: keep x from where gradient steps of g "
             f"hardly move y (project=..., bounded penalties), take more inner_steps, or give an "

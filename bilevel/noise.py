@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from bilevel.alike import clamp, is_finite, power_of_two, where
 
 ALLOWED = 0.06  # excess of curvature
-LEAST = 0.8  # kappa that outer batches are averaged for
+LEAST_KAPPA = 0.8  # kappa that outer batches are averaged for
 MOST = 8  # batches
-MEMORY = 16  # iterations that the mean looks back
+LOOKS_BACK = 16  # iterations that the mean looks back
 BOUND = 2 * ALLOWED * MOST  # of s, so that no batch counts for more than a run of others
 
 
@@ -26,19 +28,20 @@ class Noise(NamedTuple):
 
     Attributes:
         batches: m.   level: mean of s.   terms: iterations in it.
+
+    Numbers, or tensors in a graph but for m, which changes between its calls.
     """
 
     batches: int = 1
-    level: float = 0.0
-    terms: int = 0
+    level: Any = 0.0
+    terms: Any = 0
 
-    def add(self, excess: float, batches: int) -> Noise:
+    def add(self, excess: Any, batches: Any) -> Noise:
         """With <q, H' q> / <q, H q> - 1 of a q of so many batches; NaN where it is not known."""
-        if math.isnan(excess):
-            return self
-        s = min(max(batches * excess, -BOUND), BOUND)
-        weight = 1 / min(self.terms + 1, MEMORY)
-        return self._replace(level=self.level + weight * (s - self.level), terms=self.terms + 1)
+        known = excess == excess
+        s = clamp(batches * excess, -BOUND, BOUND)
+        level = self.level + _weight(self.terms) * (s - self.level)
+        return self._replace(level=where(known, level, self.level), terms=self.terms + known)
 
     def settle(self, k: int) -> Noise:
         """For the iteration after the k-th."""
@@ -56,43 +59,53 @@ class Agreement(NamedTuple):
         own = S + N / m,    fresh = S,    kappa = S / (S + N / m),
 
     each <f_x, dx> + <f_y, dy> per unit of the step, the signs turned. It is measured in every
-    iteration on a batch that nothing else has seen; m = 1, 2, 4 or 8 brings kappa near ``LEAST``,
-    and changes when that of :class:`Noise` does. A search asks for less where kappa is large:
-    see :class:`bilevel.rules.Armijo`.
+    iteration on a batch that nothing else has seen; m = 1, 2, 4 or 8 brings kappa near
+    ``LEAST_KAPPA``, and changes when that of :class:`Noise` does. A search asks for less where
+    kappa is large: see :class:`bilevel.rules.Armijo`.
 
     Attributes:
         batches: m.   signal, noise: means of S and N.   terms: iterations in them.
+
+    Numbers, or tensors in a graph but for m, which changes between its calls.
     """
 
     batches: int = 1
-    signal: float = 0.0
-    noise: float = 0.0
-    terms: int = 0
+    signal: Any = 0.0
+    noise: Any = 0.0
+    terms: Any = 0
 
-    def kappa(self, batches: int) -> float:
+    def kappa(self, batches: Any) -> Any:
         """For so many batches, in [0, 1]; 0 where nothing is known."""
-        noise = max(self.noise, 0.0) / batches
-        return self.signal / (self.signal + noise) if self.signal > 0 else 0.0
+        signal, noise = clamp(self.signal, 0.0), clamp(self.noise, 0.0) / batches
+        return signal / (signal + noise + (signal <= 0))  # never 0 / 0
 
-    def add(self, own: float, fresh: float, batches: int) -> Agreement:
+    def add(self, own: Any, fresh: Any, batches: Any) -> Agreement:
         """With the slopes of a step of so many batches; nothing where it does not descend."""
-        if not (own < 0 and math.isfinite(own) and math.isfinite(fresh)):
-            return self
-        weight = 1 / min(self.terms + 1, MEMORY)
+        known = (own < 0) & is_finite(own) & is_finite(fresh)
+        weight = _weight(self.terms)
         signal = self.signal + weight * (-fresh - self.signal)
         noise = self.noise + weight * (batches * (fresh - own) - self.noise)
-        return self._replace(signal=signal, noise=noise, terms=self.terms + 1)
+        return self._replace(
+            signal=where(known, signal, self.signal),
+            noise=where(known, noise, self.noise),
+            terms=self.terms + known,
+        )
 
     def settle(self, k: int) -> Agreement:
         """For the iteration after the k-th."""
         if not settles(k) or not self.terms:
             return self
         level = self.noise / self.signal if self.signal > 0 else math.inf
-        return self._replace(batches=_power(level * LEAST / (1 - LEAST)))
+        return self._replace(batches=_power(level * LEAST_KAPPA / (1 - LEAST_KAPPA)))
+
+
+def _weight(terms: Any) -> Any:
+    """Of one more in the mean of so many, which looks back as far as ``LOOKS_BACK``."""
+    return 1 / clamp(terms + 1, most=LOOKS_BACK)
 
 
 def _power(wanted: float) -> int:
-    return 2 ** round(math.log2(min(max(wanted, 1), MOST)))
+    return int(power_of_two(clamp(wanted, 1, MOST)))
 
 
 def averaged(batches: int, judges: int, given: int) -> int:

@@ -409,7 +409,8 @@ class Pullback:
     """:class:`Products` from one recorded graph of g_y: each costs about one gradient.
 
     Where y is small and so is all else, that is the time of its dispatch, and the Hessian itself,
-    its rows in one pass, that of a few products. It is had after an eighth as many as it has rows.
+    its rows in one pass, that of a few products: it is computed once products exceed an eighth of
+    its rows.
     """
 
     def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> None:

@@ -61,11 +61,18 @@ class Record:
         return iter(self.keys())
 
     @classmethod
-    def several(cls, *columns: Iterable[Any]) -> list[Record]:
-        """One of each row of columns that come in the order of the fields: in half of the time of
-        as many calls, which counts where an iteration takes 20 microseconds."""
-        names, records = [f.name for f in fields(cls)], []
-        for values in zip(*columns, strict=True):
+    def several(cls, **columns: Iterable[Any]) -> list[Record]:
+        """One of each row of columns of all fields: in half of the time of as many calls, which
+        counts where an iteration takes 20 microseconds.
+
+        Raises:
+            TypeError: a field is missing, or there is none of a name.   ValueError: columns are
+                of different lengths.
+        """
+        names, records = list(columns), []
+        if set(names) != {f.name for f in fields(cls)}:
+            raise TypeError(f"columns of all fields are needed, got {', '.join(names)}")
+        for values in zip(*columns.values(), strict=True):
             record = cls.__new__(cls)
             record.__dict__.update(zip(names, values, strict=True))  # frozen once it is made
             records.append(record)

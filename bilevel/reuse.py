@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 WORTH = {"cpu": 1e6}
 WORTH_ELSEWHERE = 1e9
 PLAIN = (Tensor, nn.Parameter)  # others may be anything
-PATIENCE = 3  # pairs of x and batch evaluated but once, after which nothing is kept any more
+MOST_ONCE = 3  # pairs of x and batch evaluated but once, after which nothing is kept
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Reuse:
             habit.pays = kept.flops > worth * kept.operations
             if habit.largest is None:  # or it is that of the run that is resumed
                 habit.largest = kept.largest
-        if not habit.pays or habit.once >= PATIENCE:
+        if not habit.pays or habit.once >= MOST_ONCE:
             habit.pays = False
             self._at = self._kept = None
         return value

@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bilevel.steps import armijo, envelope, polyak, schedule
+from bilevel.alike import clamp, power_of_two, where
+from bilevel.noise import settles
+from bilevel.steps import armijo, envelope, polyak, rounding_of, schedule
 
 Reset = Literal["grow", "last", "fixed"]
-NEAR = 2.0**20  # half of the halvings that a search has
+STRETCH = 2.0**20  # of a start at most, so that its decrease is seen: half of a search's halvings
 LEAST_C, MOST_C = 0.3, 0.6  # where c is 'auto'
 
 
@@ -26,11 +28,13 @@ class Line:
     """phi(t) = loss(x + t d) on one fixed draw: all that a rule may see.
 
     Attributes:
-        value: phi(0).   slope: phi'(0), negative on a descent direction.   phi: t -> phi(t).
+        value: phi(0), 0-dim.   slope: phi'(0), 0-dim, negative on a descent direction.
+        phi: t -> phi(t), 0-dim, for t > 0.
         predicted: t -> the change of phi to first order; None: t phi'(0), a straight line.
-        kappa: share of the slope that independent batches see as well; 0 where it is not known.
-        extrapolates: whether phi follows y by a tangent, so that what it says of far away is
-            nothing to go there for.
+        kappa: share of the slope that independent batches see as well, in [0, 1]; 0 where it is
+            not known.
+        extrapolates: whether the y of phi(t) is but a guess far away, as on every outer line:
+            where a decrease is lost in rounding, a search then goes no farther to see one.
     """
 
     value: Tensor
@@ -39,6 +43,10 @@ class Line:
     predicted: Callable[[float], float] | None = None
     kappa: float = 0.0
     extrapolates: bool = False
+
+    def change(self, t: float) -> float:
+        """Of phi from 0 to t, to first order."""
+        return t * float(self.slope) if self.predicted is None else self.predicted(t)
 
 
 class Move(NamedTuple):
@@ -111,13 +119,17 @@ class Armijo:
     def brackets(self, last: float | None) -> bool:
         return last is None and self.reset != "fixed"
 
-    def share(self, kappa: float, brackets: bool = False) -> float:
-        """c, as a number."""
+    def share(self, kappa: Any, brackets: Any = False) -> Any:
+        """c, as a number, or a tensor where the others are."""
         if self.c != "auto":
             return self.c
-        if brackets:
-            return LEAST_C
-        return min(max(1 - kappa, LEAST_C), MOST_C)
+        return where(brackets, LEAST_C, clamp(1 - kappa, LEAST_C, MOST_C))
+
+    def opening(self, slope: Any, rounding: Any) -> Any:
+        """Where a first search starts: from where the decrease can be seen, if that is near; a
+        power of two. Numbers or tensors."""
+        seen = clamp(8 * rounding / -slope, self.initial, self.initial * STRETCH)
+        return power_of_two(seen)
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         value, slope = torch.stack([line.value, line.slope]).tolist()
@@ -125,10 +137,10 @@ class Armijo:
             return Move(0.0, last, 0, failed=True)
         if slope >= 0:
             return Move(0.0, last)
-        rounding = 8 * torch.finfo(line.value.dtype).eps * abs(value)
+        rounding = rounding_of(value, line.value.dtype)
 
         def predicted(t: float) -> float:
-            change = t * slope if line.predicted is None else line.predicted(t)
+            change = line.change(t)
             return 0.0 if 0 < change <= rounding else change  # where a projection leaves nothing
 
         search = partial(
@@ -143,9 +155,8 @@ class Armijo:
         start, grow, wasted = last or 0.0, None, 0
         if self.reset == "fixed":
             start = self.initial
-        elif last is None:  # from where the decrease can be seen, if that is near
-            start = min(max(self.initial, 8 * rounding / -slope), self.initial * NEAR)
-            start, grow = 2.0 ** round(math.log2(start)), 2.0
+        elif last is None:
+            start, grow = self.opening(slope, rounding), 2.0
         elif self.reset == "grow":
             start = self.growth * last
             decrease = -predicted(start)
@@ -153,7 +164,7 @@ class Armijo:
                 return Move(0.0, last)  # the projection leaves nothing to gain
             if decrease < 8 * rounding:  # lost in the rounding error of phi, where anything passes
                 if decrease > 0 and not line.extrapolates:  # as far as it can be seen
-                    far = search(start=start * min(8 * rounding / decrease, NEAR), max_trials=1)
+                    far = search(start=as_seen(start, decrease, rounding), max_trials=1)
                     if far.accepted:
                         return Move(far.step, far.step, 1, gain=value - far.value)
                     wasted = 1
@@ -164,6 +175,12 @@ class Armijo:
             return Move(0.0, last, trials, failed=True)
         last = max(found.step, self.retain * (last or 0.0))
         return Move(found.step, last, trials, gain=value - found.value)
+
+
+def as_seen(start: Any, decrease: Any, rounding: Any) -> Any:
+    """The step that decreases by what can be seen, if that is near, where ``start`` does by
+    ``decrease``. Numbers or tensors."""
+    return start * clamp(8 * rounding / decrease, most=STRETCH)
 
 
 @dataclass(frozen=True)
@@ -188,7 +205,7 @@ class Polyak:
     upper: float | None = None
 
     def searches(self, k: int, last: float | None) -> bool:
-        return self.upper is None and (last is None or (k + 1) & k == 0)
+        return self.upper is None and (last is None or settles(k))
 
     def __call__(self, line: Line, k: int, last: float | None) -> Move:
         upper, trials = self.upper, 0
@@ -201,11 +218,15 @@ class Polyak:
                 if measured.last is not None:
                     last = measured.last * math.sqrt(k + 1)
             upper = last if last is not None else 0.0
+        return Move(self.size(line.value, line.slope, upper, k), last, trials)
+
+    def size(self, value: Tensor, slope: Tensor, upper: Any, k: Any) -> Tensor:
+        """The step of iteration k along a line with phi(0) and phi'(0); ``upper``: at k = 0."""
         lower = self.lower * upper if self.upper is None else self.lower
-        gap = line.value - self.lower_bound
-        step = torch.where(gap <= 0, torch.inf, polyak(gap, -line.slope, self.c))
+        gap = value - self.lower_bound
+        step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, self.c))
         size = envelope(step, schedule(lower, k), schedule(upper, k))
-        return Move(torch.where(line.slope < 0, size, 0.0), last, trials)
+        return torch.where(slope < 0, size, 0.0)
 
 
 class Moments(NamedTuple):

@@ -21,26 +21,41 @@ class State:
     """All that changes from one outer iteration to the next; never modified in place.
 
     ``x`` and ``y`` are the answer so far, in the variables as the user gave them: new tensors, or
-    the Module with the values written in. ``vectors`` is the iterate that the next step starts
-    from; the answer is that, or the average of the iterates where fresh batches find it better.
+    the Module with the values written in. The answer is ``vectors``, or the average of the iterates
+    where fresh batches find it better.
+
+    Attributes:
+        layouts: of x and y, between the variables and flat vectors.
+        vectors: the iterate that the next step starts from: x and y, flat, 1-dim.
+        k: iterations so far.
+        outer_last, inner_last: what the step-size rules carry over; None: nothing yet.
+        lengths: of the steps of late.   moments: of the direction, shape of x.
+        q: the solution of the last linear system, shape of y; None where there is none.
+        average: of the iterates; None where batches leave no noise.
+        solver: that of the user, as :mod:`bilevel.inner_solver` keeps it.
+        cost, seconds: of the run so far.
+        failures: outer searches that failed, one after the other.
+        noise: of the Hessian, where the number of batches that it averages is 'auto'.
+        agreement: of outer batches, where their number is 'auto'.
+        learned: from the linear systems.
     """
 
     layouts: tuple[Layout, Layout] = field(repr=False)
     vectors: tuple[Tensor, Tensor] = field(repr=False)
     k: int = 0
-    outer_last: float | None = None  # what the step-size rules carry over
+    outer_last: float | None = None
     inner_last: float | None = None
     lengths: Lengths = Lengths()
     moments: Moments = Moments()
     q: Tensor | None = field(default=None, repr=False)
     average: Average | None = field(default=None, repr=False)
-    solver: Any = field(default=None, repr=False)  # the user's inner solver
+    solver: Any = field(default=None, repr=False)
     cost: Cost = field(default_factory=Cost)
     seconds: float = 0.0
-    failures: int = 0  # outer searches that failed, one after the other
-    noise: Noise = Noise()  # of the Hessian, where the batches that it averages are 'auto'
-    agreement: Agreement = Agreement()  # of outer batches, where their number is 'auto'
-    learned: Learned = Learned()  # of the linear systems
+    failures: int = 0
+    noise: Noise = Noise()
+    agreement: Agreement = Agreement()
+    learned: Learned = Learned()
 
     @property
     def x(self) -> Variable:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ def envelope(step: Tensor, lower: Tensor | float, upper: Tensor | float) -> Tens
 def schedule(initial: float, k: int | Tensor, power: float = 0.5) -> float | Tensor:
     """initial / (k + 1)^power: power 1/2 for convex and non-convex, 1 for strongly convex."""
     return initial / (k + 1) ** power
+
+
+def rounding_of(value: Any, dtype: torch.dtype) -> Any:
+    """By how much two evaluations of a loss of this value may differ and be the same: a sum of many
+    terms is a few units of its precision from right, 8 at most. Numbers or tensors."""
+    return 8 * torch.finfo(dtype).eps * abs(value)
 
 
 class Search(NamedTuple):

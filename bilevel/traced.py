@@ -19,8 +19,8 @@ from torch.func import grad_and_value
 from bilevel.compiled import second_derivatives
 from bilevel.linear import Learned, Product, Solver, is_conjugate, seen
 from bilevel.problem import Draw, Oracle
-from bilevel.rules import LEAST_C, MOST_C, NEAR, Armijo, Fixed, Polyak, Rule
-from bilevel.steps import envelope, polyak, schedule
+from bilevel.rules import Armijo, Fixed, Polyak, Rule, as_seen
+from bilevel.steps import rounding_of, schedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Tensors = tuple[Tensor, ...]
@@ -223,12 +223,8 @@ def move(
     if isinstance(rule, Fixed):
         return Found(nothing + schedule(rule.step, k, rule.decay), last, *still)
     assert isinstance(rule, Polyak)
-    upper: Any = last.nan_to_num(0.0) if rule.upper is None else nothing + rule.upper
-    lower: Any = rule.lower * upper if rule.upper is None else nothing + rule.lower
-    gap = value - rule.lower_bound
-    step = torch.where(gap <= 0, torch.inf, polyak(gap, -slope, rule.c)).double()
-    size = envelope(step, schedule(lower, k), schedule(upper, k))
-    return Found(torch.where(slope < 0, size, 0.0), last, *still)
+    upper = last.nan_to_num(0.0) if rule.upper is None else rule.upper
+    return Found(rule.size(value, slope, upper, k), last, *still)
 
 
 def search(
@@ -243,28 +239,13 @@ def search(
 ) -> Found:
     """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph; the first
     of them is a leap, see :func:`bilevel.lengths.leap`."""
-    rounding = 8 * torch.finfo(value.dtype).eps * value.double().abs()
+    rounding = rounding_of(value.double(), value.dtype)
     value, slope = value.double(), slope.double()
     sound = value.isfinite() & slope.isfinite()
     descends = sound & (slope < 0)
     allowed = rounding + rule.slack * value.abs()
-    first = last.isnan() if rule.reset != "fixed" else torch.ones_like(descends)
-    brackets = growing = first & (rule.reset != "fixed")
-    c: Any = rule.c
-    if c == "auto":
-        c = (1 - torch.as_tensor(kappa, dtype=torch.float64)).clamp(LEAST_C, MOST_C)
-        c = torch.where(brackets, LEAST_C, c)
-    start = last * (rule.growth if rule.reset == "grow" else 1)
-    if rule.reset == "fixed":
-        start = torch.full_like(last, rule.initial)
-    else:
-        initial = (8 * rounding / -slope).clamp(rule.initial, rule.initial * NEAR)
-        start = torch.where(first, initial.log2().round().exp2(), start)
-    decrease = -slope * start
-    lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
-    far = lost & (decrease > 0) & (not extrapolates)
-    further = start * (8 * rounding / decrease).clamp(max=NEAR)
-    start = torch.where(far, further, torch.where(lost, last, start))
+    start, far, brackets = _opening(rule, slope, rounding, last, extrapolates)
+    c = rule.share(torch.as_tensor(kappa, dtype=torch.float64), brackets)
     nothing = torch.zeros_like(value)
     length, most = leap or (nothing, nothing)
     leaps = descends & (length > 0)
@@ -281,26 +262,91 @@ def search(
         ok = seen.isfinite() & (seen <= value + rise)
         better = ok & (~accepted | (seen < lowest))
         refused = ~ok & ~accepted
-        best, lowest = torch.where(better, t, best), torch.where(better, seen, lowest)
-        bent = torch.where(better, there[0].double() if there else seen, bent)
         left = left - torch.where(far | leaping, 0.0, 1.0)
         turns = accepted & ~better & growing & (best == start)  # up is worse: down from the start
         done = (better & (leaping | ~brackets)) | (accepted & ~better & ~turns) | (left <= 0)
         growing = growing & ~refused & ~turns
-        t = torch.where(turns, start, t)
-        t = torch.where(far & refused, last, torch.where(growing, 2.0 * t, 0.5 * t))
-        t, far = torch.where(leaping & refused, start, t), far & (leaping | ~refused)
-        new = [t, best, lowest, bent, accepted | better, growing, far, leaping & ~refused, left]
-        new += [trials + 1, evaluations + cost, done]
-        return (torch.stack([n.double() for n in new]),)
+        following = torch.where(growing, 2.0, 0.5) * torch.where(turns, start, t)
+        following = torch.where(far & refused, last, following)
+        new = _Tally(
+            t=torch.where(leaping & refused, start, following),
+            best=torch.where(better, t, best),
+            lowest=torch.where(better, seen, lowest),
+            bent=torch.where(better, there[0].double() if there else seen, bent),
+            accepted=accepted | better,
+            growing=growing,
+            far=far & (leaping | ~refused),
+            leaping=leaping & ~refused,
+            left=left,
+            trials=trials + 1,
+            evaluations=evaluations + cost,
+            done=done,
+        )
+        return (new.stacked(),)
 
-    tally = [torch.where(leaps, length, start), nothing, value, value]
-    tally += [nothing, growing, far, leaps]
-    tally += [nothing + rule.max_trials, nothing, nothing, ~descends]
-    (found,) = while_loop(going, trial, (torch.stack([n.double() for n in tally]),))
-    _, best, _, bent, accepted, _, _, leapt, _, trials, evaluations, _ = found.unbind()
-    leapt, accepted = leapt > 0, accepted > 0
-    size, failed = torch.where(accepted, best, 0.0), ~sound | (descends & ~accepted)
-    remembered = torch.maximum(best, rule.retain * last.nan_to_num(0.0))
+    begun = _Tally(
+        t=torch.where(leaps, length, start),
+        best=nothing,
+        lowest=value,
+        bent=value,
+        accepted=nothing,
+        growing=brackets,
+        far=far,
+        leaping=leaps,
+        left=nothing + rule.max_trials,
+        trials=nothing,
+        evaluations=nothing,
+        done=~descends,
+    )
+    (tally,) = while_loop(going, trial, (begun.stacked(),))
+    found = _Tally(*tally.unbind())
+    leapt, accepted = found.leaping > 0, found.accepted > 0
+    size = torch.where(accepted, found.best, 0.0)
+    failed = (~sound | (descends & ~accepted)).double()
+    remembered = torch.maximum(found.best, rule.retain * last.nan_to_num(0.0))
     last = torch.where(accepted & ~leapt, remembered, last)
-    return Found(size, last, trials, failed.double(), evaluations, leapt, value - bent)
+    return Found(size, last, found.trials, failed, found.evaluations, leapt, value - found.bent)
+
+
+class _Tally(NamedTuple):
+    """What goes from one trial of a search to the next, as one vector of float64.
+
+    Attributes:
+        t: the next step tried.   best, lowest: the best one accepted, and phi there.
+        bent: phi there where y bends with y*.   growing: whether steps are doubled.
+        far: whether t is one of those that come before ``left``, the trials that are.
+        leaping: whether t is a leap.
+    """
+
+    t: Tensor
+    best: Tensor
+    lowest: Tensor
+    bent: Tensor
+    accepted: Tensor
+    growing: Tensor
+    far: Tensor
+    leaping: Tensor
+    left: Tensor
+    trials: Tensor
+    evaluations: Tensor
+    done: Tensor
+
+    def stacked(self) -> Tensor:
+        return torch.stack([n.double() for n in self])
+
+
+def _opening(
+    rule: Armijo, slope: Tensor, rounding: Tensor, last: Tensor, extrapolates: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a search starts; whether that is farther than by itself; whether it brackets."""
+    if rule.reset == "fixed":
+        never = torch.zeros_like(last, dtype=torch.bool)
+        return torch.full_like(last, rule.initial), never, never
+    first = last.isnan()
+    start = last * (rule.growth if rule.reset == "grow" else 1)
+    start = torch.where(first, rule.opening(slope, rounding), start)
+    decrease = -slope * start
+    lost = ~first & (decrease < 8 * rounding) & (rule.reset == "grow")
+    far = lost & (decrease > 0) & (not extrapolates)
+    further = as_seen(start, decrease, rounding)
+    return torch.where(far, further, torch.where(lost, last, start)), far, first

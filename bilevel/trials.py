@@ -11,20 +11,21 @@ from torch import Tensor
 from bilevel.hypergradients import Estimate, Followed
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Line
+from bilevel.steps import rounding_of
 
 Response = Literal["tangent", "refine", "frozen"]
 
 
 def ceiling(value: Tensor) -> Tensor:
     """The loss and its rounding: what is not as low has risen."""
-    return value + 8 * torch.finfo(value.dtype).eps * value.abs()
+    return value + rounding_of(value, value.dtype)
 
 
 class Trials:
     """phi(t) = f(x(t), y(t)) along d, with y(t) one of
 
     * 'tangent': the response that the hypergradient differentiates (see
-      :mod:`bilevel.hypergradients`); its slope is that of h, so that some t always does. Where f
+      :mod:`bilevel.hypergradients`); its slope is that of h, so some t > 0 always passes. Where f
       rises once y bends with y*, t is refused. The first search, which ranges far, goes by the
       bent y; later ones do not, since from y(t) inner steps go but a part of the way to y*;
     * 'refine': one inner step of the last size taken at x(t), at the base as well: closest to the

@@ -10,9 +10,9 @@ import torch
 import bilevel
 from benchmarks.problems import HARD
 from bilevel import ConjugateGradient, Implicit, chunks
+from bilevel.lag import WAITS
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, LOOSE, MOST_HALVINGS, UNTAUGHT, Learned
-from bilevel.method import PATIENCE
 from bilevel.problem import Draw, Problem, make_oracle
 from bilevel.rules import Armijo, Fixed, Line
 from tests.tables import relative, t
@@ -227,7 +227,7 @@ def test_x_does_not_wait():
     method = bilevel.bisls("adam")
     problem = bilevel.Problem(near, weakly)
     state = method.init(t(np.zeros(3)), t(10 * (V[:, 0] + V[:, -1])))
-    for moved in (replace(state, outer_last=1.0), replace(state, k=PATIENCE)):
+    for moved in (replace(state, outer_last=1.0), replace(state, k=WAITS)):
         assert method.step(problem, moved, None, 1)[1].outer_step > 0
 
 
@@ -236,7 +236,7 @@ def test_x_waits_where_g_is_concave():
     steps = [record.outer_step > 0 for record in result.history]
     waited = steps.index(True)
     assert result.state.learned.concave > CONCAVE
-    assert 1 < waited <= PATIENCE and all(steps[waited:])
+    assert 1 < waited <= WAITS and all(steps[waited:])
 
 
 def test_x_waits_where_y_lags_by_more_than_the_step_gains():

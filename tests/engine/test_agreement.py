@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import bilevel
 from bilevel import Problem
 from bilevel.data import Cycle
-from bilevel.graph import _agreement, _kappa
 from bilevel.noise import Agreement, settles
 from bilevel.rules import LEAST_C, MOST_C, Armijo
 
@@ -256,12 +255,11 @@ def test_the_graph_computes_the_same() -> None:
         for own, fresh in slopes_of:
             for m, terms in ((1, 0), (4, 3), (8, 40)):
                 plain = Agreement(m, signal, noise, terms)
-                given = [torch.tensor(float(v)).double() for v in plain[1:]]
-                assert float(_kappa(given, m, False)) == pytest.approx(plain.kappa(m))
-                assert float(_kappa(given, m, True)) == 1.0
+                given = Agreement(m, *(torch.tensor(float(v)).double() for v in plain[1:]))
+                assert float(given.kappa(torch.tensor(m))) == pytest.approx(plain.kappa(m))
                 slopes = torch.tensor(own).double(), torch.tensor(fresh).double()
-                found = _agreement(given, *slopes, torch.tensor(m))
-                assert [float(v) for v in found] == pytest.approx(plain.add(own, fresh, m)[1:])
+                found = given.add(*slopes, torch.tensor(m))
+                assert [*map(float, found)] == pytest.approx([*plain.add(own, fresh, m)])
 
 
 def test_the_noise_falls_like_one_over_the_number_of_batches() -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields
 
 import pytest
 import torch
@@ -352,10 +352,12 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
 
 
 def test_records_of_rows_are_as_any():
-    columns = [[i, i + 0.5] for i in range(17)]
-    one, other = Record.several(*columns)
-    assert one == Record(*(column[0] for column in columns)) and other["seconds"] == 15.5
+    columns = {f.name: [i, i + 0.5] for i, f in enumerate(fields(Record))}
+    one, other = Record.several(**columns)
+    assert one == Record(*range(17)) and other["seconds"] == 15.5
     with pytest.raises(FrozenInstanceError):
         one.k = 3
     with pytest.raises(ValueError):
-        Record.several(*columns[:-1], [0])
+        Record.several(**columns | {"failure": [0]})
+    with pytest.raises(TypeError, match="all fields"):
+        Record.several(k=[0])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import bilevel
+from bilevel.iteration import feasible
 from bilevel.layout import Layout
-from bilevel.method import feasible
 from bilevel.problem import Problem, make_oracle
 from tests.tables import t
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import bilevel
 from benchmarks.stumbles import flat_penalty, saddle
 from bilevel import lengths
-from bilevel.lengths import LOST, MEMORY, REFUSED, SHRUNK, Lengths, leap
+from bilevel.lengths import AFTER_LOSS, AFTER_REFUSAL, BUDGET_KEPT, SHRUNK, Lengths, leap
 from bilevel.rules import Armijo, Line
 from tests.tables import flat, t
 
@@ -144,14 +144,15 @@ def test_no_leap_is_farther_than_a_search_has_led():
 def test_what_a_leap_may_lose():
     """What steps of late have gained, as far as other batches see it."""
     seen = Lengths(8.0, 0.1).found(0.1, 1.0, 2.0).found(0.1, 1.0, 1.0)
-    assert seen.budget == pytest.approx(MEMORY * (MEMORY * 2 + 1))
+    assert seen.budget == pytest.approx(BUDGET_KEPT * (BUDGET_KEPT * 2 + 1))
     assert seen.allowed(1.0) == seen.budget and seen.allowed(0.25) == seen.budget / 4
     assert seen.allowed(0.0) == 0.0
     assert Lengths(8.0, 8.0, 1.0).allowed(1.0) == 0.0  # where nothing has shrunk
     lost = seen.leapt(-1.0)
-    assert lost.longest == LOST * 8 and lost.budget == pytest.approx(MEMORY * (seen.budget - 1))
+    assert lost.longest == AFTER_LOSS * 8
+    assert lost.budget == pytest.approx(BUDGET_KEPT * (seen.budget - 1))
     assert seen.leapt(1.0).longest == 8 and seen.leapt(-9.0).budget == 0
-    assert seen.refused() == seen._replace(longest=REFUSED * 8)
+    assert seen.refused() == seen._replace(longest=AFTER_REFUSAL * 8)
 
 
 def absolute(s):
@@ -254,7 +255,7 @@ def test_nobody_leaps_where_nothing_is_known_of_other_batches(kind, monkeypatch)
         assert rise > 0
         return move
 
-    monkeypatch.setattr("bilevel.method.leap", spy)
+    monkeypatch.setattr("bilevel.iteration.leap", spy)
     assert bilevel.solve(*arguments, steps=1, **options).state.lengths.budget == 0
     kept = bilevel.solve(*arguments, **options).state.lengths
     assert any(taken) == bool(taken) == (kind != "pairs") and kept.budget > 0
@@ -270,7 +271,7 @@ def test_leaps_in_compiled_iterations(kind, monkeypatch):
         taken.append(leap(line, t, rise, last))
         return taken[-1]
 
-    monkeypatch.setattr("bilevel.method.leap", spy)
+    monkeypatch.setattr("bilevel.iteration.leap", spy)
     options = {}
     if kind:
         arguments, options = noisy(arguments, kind)

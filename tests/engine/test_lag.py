@@ -11,10 +11,9 @@ import torch
 import bilevel
 from benchmarks.stumbles import afresh, evidence, input_noise, prices, risk, wide, words
 from bilevel import lag
-from bilevel.lag import FLATTERED, HALVINGS, LOST, NEAR, arrived, is_flattered
+from bilevel.lag import FIRST_OFF, FLATTERED, HALVINGS, IN_A_ROW, WAITS, arrived, is_flattered
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
-from bilevel.method import PATIENCE
 from bilevel.problem import Draw, make_oracle
 from bilevel.rules import LEAST_C, Line, Move
 from tests.tables import t
@@ -41,7 +40,7 @@ class Straight:
     x, y = t([0.0]), t([7.0])
 
     def straight(self, s, within):
-        assert within == NEAR
+        assert within == FIRST_OFF
         return s == 5.0
 
     def reach(self, s):
@@ -128,11 +127,11 @@ def test_y_settles_by_the_second_derivatives_of_where_it_is(monkeypatch):
             assert settled(x, trials.y, 1e9) is trials.y  # f lags by less
         return move, trials.reach(float(move.size))
 
-    monkeypatch.setattr("bilevel.method.arrived", spy)
+    monkeypatch.setattr("bilevel.iteration.arrived", spy)
     method = bilevel.bisls("sgd", hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(9, 0.0)))
     problem = bilevel.Problem(lambda x, y: (y - 2).square().sum(), inner)
     state = method.init(t([0.1, 0.2, 0.3]), t([0.0, 0.5, 0.0]))
-    method.step(problem, replace(state, k=PATIENCE), None, 1)
+    method.step(problem, replace(state, k=WAITS), None, 1)
     assert len(found) == 2
     for x, y in found:
         assert torch.allclose(y, x.tanh(), atol=1e-9)
@@ -187,12 +186,12 @@ def test_a_first_step_that_was_halved_is_sought_anew_but_not_for_ever(monkeypatc
         half = move.size / 2
         return move._replace(size=half, last=None), trials.reach(half)
 
-    monkeypatch.setattr("bilevel.method.arrived", halved)
-    result = case.solve("bisls-sgd", steps=PATIENCE + 6, inner_steps=10, seed=0)
+    monkeypatch.setattr("bilevel.iteration.arrived", halved)
+    result = case.solve("bisls-sgd", steps=WAITS + 6, inner_steps=10, seed=0)
     taken = [r.outer_step for r in result.history]
-    moved = [step for step in taken[: PATIENCE + 1] if step]
-    assert moved == [s / 2 for s in sizes] and len(sizes) >= PATIENCE  # the last is remembered
-    assert taken[PATIENCE + 1] <= 2 * taken[PATIENCE] and result.state.outer_last is not None
+    moved = [step for step in taken[: WAITS + 1] if step]
+    assert moved == [s / 2 for s in sizes] and len(sizes) >= WAITS  # the last is remembered
+    assert taken[WAITS + 1] <= 2 * taken[WAITS] and result.state.outer_last is not None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ def test_where_no_y_is_solved_for_nothing_is_judged_so(change, monkeypatch):
     def refuse(*_):
         raise AssertionError("a first step was looked at")
 
-    monkeypatch.setattr("bilevel.method.arrived", refuse)
+    monkeypatch.setattr("bilevel.iteration.arrived", refuse)
     case = evidence(0)
     method = replace(bilevel.bisls(), **change)
     assert len(case.solve(method, steps=2, inner_steps=2, seed=0).history) == 2
@@ -433,9 +432,9 @@ def test_x_stays_where_f_is_flattered_again_and_again(monkeypatch):
 
         def look(state, record):
             still = record.outer_step == 0 and record.outer_trials > 0
-            stayed.append(still and record.k >= PATIENCE)
-            assert not still or record.k < PATIENCE or state.learned.flattered >= LOST
-            assert sum(stayed[-PATIENCE - 1 :]) <= PATIENCE
+            stayed.append(still and record.k >= WAITS)
+            assert not still or record.k < WAITS or state.learned.flattered >= IN_A_ROW
+            assert sum(stayed[-WAITS - 1 :]) <= WAITS
 
         result = case.solve("bisls-adam", steps=100, inner_steps=10, seed=seed, callback=look)
         return case.value(result.x, result.y), sum(stayed)

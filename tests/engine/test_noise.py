@@ -9,10 +9,9 @@ import torch
 
 import bilevel
 from bilevel import ConjugateGradient, FiniteDifference, Implicit, StochasticNeumann
-from bilevel.graph import _noise
 from bilevel.lag import is_behind
 from bilevel.layout import Layout
-from bilevel.noise import ALLOWED, BOUND, MEMORY, MOST, Noise, settles
+from bilevel.noise import ALLOWED, BOUND, LOOKS_BACK, MOST, Noise, settles
 from bilevel.problem import Draw, Problem, make_oracle
 
 N = 6
@@ -166,7 +165,7 @@ def test_the_mean_of_what_was_seen():
     assert noise.add(math.nan, 2) == noise
     assert noise.add(math.inf, 2).level == pytest.approx((3 * 0.04 + BOUND) / 4)
     assert noise.add(-math.inf, 2).level == pytest.approx((3 * 0.04 - BOUND) / 4)
-    for _ in range(8 * MEMORY):
+    for _ in range(8 * LOOKS_BACK):
         noise = noise.add(ALLOWED, 4)
     assert noise.level == pytest.approx(4 * ALLOWED, rel=1e-3)
     assert [noise.settle(k).batches for k in (14, 15, 16)] == [1, 4, 1]
@@ -175,11 +174,11 @@ def test_the_mean_of_what_was_seen():
 
 
 def test_the_same_in_a_graph():
-    noise, level, terms = Noise(), *torch.zeros(2, dtype=torch.float64)
+    noise, traced = Noise(), Noise(1, *torch.zeros(2, dtype=torch.float64))
     for excess in [0.02, math.nan, 3.0, -math.inf, *[0.1] * 20]:
         noise = noise.add(excess, 2)
-        level, terms = _noise(level, terms, torch.tensor(excess, dtype=torch.float64), 2)
-        assert (float(level), int(terms)) == (pytest.approx(noise.level, rel=1e-12), noise.terms)
+        traced = traced.add(torch.tensor(excess, dtype=torch.float64), 2)
+        assert (float(traced.level), int(traced.terms)) == (noise.level, noise.terms)
 
 
 def test_a_run_that_goes_on(tmp_path):

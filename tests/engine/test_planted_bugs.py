@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import ConjugateGradient, Implicit, hypergradients, linear
+from bilevel import ConjugateGradient, Implicit, hypergradients, iteration, linear
 from bilevel.data import Cycle
 from bilevel.problem import Draw, Pullback
 from bilevel.rules import Armijo, Move
@@ -187,7 +187,7 @@ BUGS = {
         oracles.solved_by_newton,
     ),
     "no correction": (
-        lambda: (bilevel.method, "corrected", lambda oracle, x, y, h, judge: (y, h.learned[-1])),
+        lambda: (iteration, "corrected", lambda oracle, x, y, h, judge: (y, h.learned[-1])),
         oracles.solved_by_newton,
     ),
     "stale batch": (stale_batch, oracles.fresh_batches),

@@ -194,7 +194,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _plain(t: Tensor) -> bool:
     """Whether its memory and version tell it from others."""
-    return type(t) in PLAIN and t.layout is torch.strided and not t.is_inference()
+    held = not t.is_inference() and not t._is_zerotensor()  # as forward derivatives make them
+    return type(t) in PLAIN and t.layout is torch.strided and held
 
 
 def _memory(t: Tensor) -> int:

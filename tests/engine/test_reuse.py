@@ -362,3 +362,26 @@ def test_memory_that_is_written_unseen_ends_it(loss, always):
         work = Reuse(Habit())
         found = [float(work.evaluate(x, p, None, lambda p=p: loss(x, p))) for p in points]
         assert found == [float(loss(x, p)) for p in points]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_losses_that_take_forward_derivatives():
+    """Whose zeros have no memory to be told by: to the same bits as in plain evaluations."""
+    xs = torch.linspace(-1, 1, 9, dtype=torch.float64)
+
+    def slope(y):
+        return torch.func.jvp(
+            lambda z: torch.tanh(z * y[0] + y[1]), (xs,), (torch.ones(9).double(),)
+        )[1]
+
+    def solve():
+        return bilevel.solve(
+            lambda x, y: ((slope(y) - 0.3) ** 2).mean(),
+            lambda x, y: ((slope(y) - x) ** 2).mean() + 0.1 * (y**2).sum(),
+            *(torch.tensor(0.5).double(), torch.tensor([0.3, 0.1]).double()),
+            **{"steps": 6, "inner_steps": 3},
+        )
+
+    result = solve()
+    assert result.reason == "all 6 steps were taken"
+    assert result.history[-1].outer_loss < result.history[0].outer_loss

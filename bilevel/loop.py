@@ -219,7 +219,7 @@ def solve(
     finally:
         bar.close()
     saver.write()
-    _tell_stay(history)
+    _tell_doubts(history)
     return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
 
 
@@ -302,16 +302,26 @@ def _failed(state: State, history: list[Record]) -> str | None:
     )
 
 
-def _tell_stay(history: list[Record]) -> None:
-    """Warn where x stayed in most of the iterations: see :func:`bilevel.lag.is_lost` and
-    :func:`bilevel.lag.is_flattered`."""
+def _tell_doubts(history: list[Record]) -> None:
+    """Warn where most of the iterations had next to no hypergradient, or x stayed in them: see
+    :func:`bilevel.lag.is_lost` and :func:`bilevel.lag.is_flattered`."""
+    loose = [r for r in history if (r.residual or 0) > 1]
     still = [r for r in history if not (r.outer_step or r.failure)]
     unsolved = [r for r in still if not r.outer_trials and (r.residual or 0) > 1]
     later = [r for r in history if r.k >= WAITS]  # before, x waits for a y that comes from far
     flattered = [r for r in still if r.outer_trials and r.k >= WAITS]
+    lost = 2 * len(unsolved) > len(history)
     for most, text in (
         (
-            2 * len(unsolved) > len(history),
+            2 * len(loose) > len(history) >= WAITS and not lost,
+            f"the linear system of the hypergradient was left with a residual above 1 in "
+            f"{len(loose)} of {len(history)} iterations, so that it says next to nothing of F. "
+            f"Where y is kept in a set or stops short of g's minimum (an inner_solver that "
+            f"projects, say), write it as a function of free variables, such as tanh(z), or go on "
+            f"to the minimum; where g is all but flat or concave, add a small penalty on y to g.",
+        ),
+        (
+            lost,
             f"x stayed where it was in {len(unsolved)} of {len(history)} iterations, in which the "
             f"linear system of the hypergradient was left with a residual above 1, as where g is "
             f"all but flat in some directions of y: keep x from there (project=..., bounded "

@@ -453,5 +453,24 @@ def test_a_run_that_stays_is_told():
     stayed = [replace(record, k=k, outer_step=0.0, outer_trials=2) for k in range(60)]
     moved = [replace(record, k=k, outer_step=0.1, outer_trials=2) for k in range(60)]
     with pytest.warns(RuntimeWarning, match="x stayed.*35 of 60.*f fell and F rose.*inner_steps"):
-        loop._tell_stay(moved[:25] + stayed[25:])
-    loop._tell_stay(moved[:40] + stayed[40:])  # less than half: no warning, which is an error
+        loop._tell_doubts(moved[:25] + stayed[25:])
+    loop._tell_doubts(moved[:40] + stayed[40:])  # less than half: no warning, which is an error
+
+
+def test_a_run_without_hypergradients_is_told():
+    """y in a box, at a maximum of g: |g_yy| and g_yy have nothing in common, and x goes on."""
+
+    def climb(x, y, batches):
+        return (y + 0.5 * y.sign()).clamp(-1, 1)
+
+    def solve(steps):
+        return bilevel.solve(
+            lambda x, y: ((y - x) ** 2).sum() + 0.1 * (x**2).sum(),
+            lambda x, y: -(y**2).sum() / 2 + (x * y).sum(),
+            *(t([0.3, -0.2]), t([0.1, -0.1])),
+            **{"method": bilevel.bisls(inner_solver=climb), "steps": steps},
+        )
+
+    with pytest.warns(RuntimeWarning, match="residual above 1 in 20 of 20.*free variables"):
+        result = solve(20)
+    assert any(record.outer_step for record in result.history)

@@ -2,7 +2,7 @@
 
 Each is a generator over flat vectors that yields (x, y) after every outer iteration; letters as in
 bilevel.problem, q for the solution of the linear system g_yy q = f_y. Batches are drawn as
-bilevel.solve draws them: the outer one first, then those of the inner steps, then those of the
+they come in turn: the outer one first, then those of the inner steps, then those of the
 Hessian products.
 """
 

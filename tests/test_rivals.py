@@ -15,9 +15,8 @@ import torch
 
 from benchmarks.problems import Case, Shuffled
 from benchmarks.rivals import RIVALS, Batches, Constants, Sizes, Whole
-from bilevel.distributed import Ranks
+from bilevel.data import Cycle
 from bilevel.layout import Layout
-from bilevel.loop import _Source
 from bilevel.problem import Oracle, Problem
 
 ALPHA, BETA = 0.07, 0.13
@@ -456,18 +455,17 @@ def test_divergence_ends_a_run_with_a_reason(name):
     assert torch.isfinite(found.x).all()
 
 
-def test_batches_are_those_of_solve():
+def test_batches_come_in_their_turn():
     n, size, T, extra = 40, 8, 3, 5
     data = {
         "outer_data": Shuffled(torch.arange(n), size=size),
         "inner_data": Shuffled(torch.arange(n) + n, size=size),
     }
     torch.manual_seed(11)
-    source = _Source(data["outer_data"], data["inner_data"], None, T, Ranks(torch.device("cpu")))
+    cycles = [Cycle(found, name) for name, found in data.items()]
     expected = []
     for _ in range(6):
-        outer, inner, hessian, _ = source.next((1, 0), (extra, 0))
-        expected += [outer, *inner, *hessian]
+        expected += cycles[0].take(1) + cycles[1].take(T + extra)
     seen = []
 
     def outer(x, y, batch):

@@ -93,7 +93,7 @@ def test_a_run(tmp_path, text):
     assert main(arguments(text, folder)) == 0
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "history.csv", "summary.json", "cells.jsonl", "tokens", "teacher.pt",
-        "validation-loss.png", "step-size.png", "sensitivity.png", "teachers.png",
+        "validation-loss.png", "step-size.png", "sensitivity.png", "teachers.png", "model.pt",
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     installed = importlib.util.find_spec("schedulefree") is not None

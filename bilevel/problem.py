@@ -239,11 +239,11 @@ class Oracle:
         that is checkpointed calls them again."""
         if self._pair is None:
             return nullcontext()
-        stack = ExitStack()
-        with torch.enable_grad():  # what is done again is to save what was saved before
+        # what is done again is to save what was saved before
+        with ExitStack() as stack, torch.enable_grad():
             stack.enter_context(self.x.bound(x))
             stack.enter_context(self.y.bound(y))
-        return stack
+            return stack.pop_all()
 
     def replayed(self, level: str, draw: Draw, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, of a loss, with the randomness of the draw."""

@@ -78,21 +78,21 @@ class Cycle:
         self.different = self.length if self._listed else UNKNOWN
 
     def next(self) -> Any:
-        if self._listed:
-            return self.take(1)[0]
-        if not self._ahead:
-            return self._read()
-        batch, error, _ = self._ahead.popleft()
-        if error is not None:
-            raise error
-        return batch
+        return self.take(1)[0]
+
+    def take(self, count: int) -> list[Any]:
+        if not self._listed:
+            return [self._next() for _ in range(count)]
+        found = self._listing(count)
+        self._position = (self._position + count) % len(self.data)
+        return found
 
     def peek(self) -> Any:
         """What ``next`` will give; None where it will raise."""
-        if self._listed:
-            return self._listing(1)[0]
-        self._look(1)
-        return self._ahead[0][0]
+        try:
+            return self.look(1)[0]
+        except Exception:  # in its turn
+            return None
 
     def look(self, count: int) -> list[Any]:
         """What ``take`` will give, or raise."""
@@ -139,6 +139,14 @@ class Cycle:
             f"something else, or pass {self.name}=None and write a loss without a batch."
         )
 
+    def _next(self) -> Any:
+        if not self._ahead:
+            return self._read()
+        batch, error, _ = self._ahead.popleft()
+        if error is not None:
+            raise error
+        return batch
+
     def _read(self) -> Any:
         batch = self._advance()
         if batch is None:
@@ -158,13 +166,6 @@ class Cycle:
             return self._advance()
         self._position += 1
         return batch
-
-    def take(self, count: int) -> list[Any]:
-        if not self._listed:
-            return [self.next() for _ in range(count)]
-        found = self._listing(count)
-        self._position = (self._position + count) % len(self.data)
-        return found
 
     def _begin(self) -> None:
         for sampler in self._samplers():

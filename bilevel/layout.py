@@ -7,8 +7,7 @@ and a checkpoint or a collective is one buffer. Only the losses see the user's o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from bilevel.require import shown, told
 
+Place = tuple[dict[str, Any], str, Any]  # what a Module holds, a name in it, and what it is
 Variable = Any  # a tensor, a nest of dict / list / tuple of tensors, or an nn.Module
 
 
@@ -158,22 +158,13 @@ class Layout:
         """The tree of views of ``vector``; for a Module, a dict of its parameters by name."""
         return rebuild(self.tree, iter(self.parts(vector)))
 
-    @contextmanager
-    def bound(self, vector: Tensor) -> Iterator[Any]:
-        """The value that ``vector`` is, as a loss sees it: the tree, or the Module, which has it in
-        place of its parameters as long as this lasts."""
+    def placed(self, vector: Tensor) -> list[Place]:
+        """Where the Module keeps its parameters, and the parts of ``vector`` that belong there;
+        nothing of a tree."""
         if self.module is None:
-            yield self.unflatten(vector)
-            return
+            return []
         parts = self.parts(vector)
-        own = [held[key] for held, key, _ in self._places]
-        for held, key, i in self._places:
-            held[key] = parts[i]
-        try:
-            yield self.module
-        finally:
-            for (held, key, _), parameter in zip(self._places, own, strict=True):
-                held[key] = parameter
+        return [(held, key, parts[i]) for held, key, i in self._places]
 
     def export(self, vector: Tensor) -> Variable:
         """The value as the user gave it: new tensors, or the Module with this value written in."""
@@ -184,6 +175,24 @@ class Layout:
             for name, part in self.unflatten(vector).items():
                 parameters[name].copy_(part)
         return self.module
+
+
+class Bound:
+    """Modules with other tensors in place of their parameters, as long as it is entered, which may
+    be done any number of times, one after the other."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+        self._own: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._own = [held[key] for held, key, _ in self._places]
+        for held, key, part in self._places:
+            held[key] = part
+
+    def __exit__(self, *error: object) -> None:
+        for (held, key, _), own in zip(self._places, self._own, strict=True):
+            held[key] = own
 
 
 def _refuse_unfit(path: str, leaf: Any) -> None:

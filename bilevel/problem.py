@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bilevel import require
-from bilevel.layout import Layout, tree_map
+from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
 from bilevel.reuse import Habit, Reuse, without_graph
@@ -217,7 +217,9 @@ class Oracle:
         loss = self.problem.outer if level == "outer" else self.problem.inner
         if self._pair is not None and torch.compiler.is_compiling():
             return self._call_in_graph(loss, x, y, batch)
-        with self.x.bound(x) as X, self.y.bound(y) as Y:
+        with self.bound(x, y):
+            X = self.x.unflatten(x) if self.x.module is None else self.x.module
+            Y = self.y.unflatten(y) if self.y.module is None else self.y.module
             return loss(X, Y, *batch)
 
     def _call_in_graph(
@@ -239,11 +241,8 @@ class Oracle:
         that is checkpointed calls them again."""
         if self._pair is None:
             return nullcontext()
-        # what is done again is to save what was saved before
-        with ExitStack() as stack, torch.enable_grad():
-            stack.enter_context(self.x.bound(x))
-            stack.enter_context(self.y.bound(y))
-            return stack.pop_all()
+        with torch.enable_grad():  # what is done again is to save what was saved before
+            return Bound([*self.x.placed(x), *self.y.placed(y)])
 
     def replayed(self, level: str, draw: Draw, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, of a loss, with the randomness of the draw."""
@@ -420,8 +419,8 @@ class Pullback:
         self._cost.gradients += draw.count
         with torch.enable_grad():
             self._x, self._y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            self._bound = partial(oracle.bound, self._x, self._y)
-            with self._bound():
+            self._bound = oracle.bound(self._x, self._y)
+            with self._bound:
                 value = oracle._loss("inner", self._x, self._y, draw)
                 (self._gy,) = _gradients(value, (self._y,), create_graph=True)
         self.value, self.gradient = value.detach(), self._gy.detach()
@@ -440,7 +439,7 @@ class Pullback:
     def _back(
         self, output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor, **options: bool
     ) -> tuple[Tensor, ...]:
-        with self._bound():
+        with self._bound:
             return _gradients(output, inputs, seed, retain_graph=True, **options)
 
     def _rows(self) -> Tensor | None:

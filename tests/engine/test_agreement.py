@@ -247,6 +247,10 @@ def test_an_error_ahead_comes_in_its_turn() -> None:
     assert cycle.next() == 1 and cycle.peek() is None and cycle.peek() is None
     with pytest.raises(RuntimeError, match="at two"):
         cycle.next()
+    cycle = Cycle([1, None], "outer_data")
+    assert cycle.next() == 1 and cycle.peek() is None and cycle.peek() is None
+    with pytest.raises(TypeError, match="outer_data gave None as a batch"):
+        cycle.next()
 
 
 def test_the_graph_computes_the_same() -> None:

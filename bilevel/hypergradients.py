@@ -64,7 +64,8 @@ class Course(NamedTuple):
     follow: Follow
 
 
-# (d, whether it is the first search along it that is followed) -> the course of f and y
+# (d, whether it is the first search along it that is followed, by how much g may lose by y's
+# following later ones) -> the course of f and y
 Respond = Callable[..., Course]
 
 
@@ -225,7 +226,9 @@ class Implicit:
 
         fyq, lag = torch.dot(fy, q), torch.dot(q, pull.gradient)
 
-        def respond(d: Tensor, first: bool | Tensor = False) -> Course:
+        def respond(
+            d: Tensor, first: bool | Tensor = False, margin: float | Tensor = 0.0
+        ) -> Course:
             c = -pull.forward(d)
             w, now = watched(self.solver, product, c, None, known[-1])
             known.append(now)
@@ -248,12 +251,13 @@ class Implicit:
                 stayed = stayed + t * drift
                 rounding = ROUNDING * torch.finfo(y.dtype).eps * stayed.abs()
                 # where g overflows it does so from either y, and says nothing
-                trusted = (moved <= stayed + rounding) & moved.isfinite()
+                later = ~first if isinstance(first, Tensor) else not first
+                may_lose = rounding + later * margin
+                trusted = (moved <= stayed + may_lose) & moved.isfinite()
                 said = t * t * half
                 off = ((stayed - moved - said).abs() - rounding).clamp_min(0)
                 off = off / said.clamp_min(torch.finfo(y.dtype).tiny)
                 if first is not False:
-                    later = ~first if isinstance(first, Tensor) else not first
                     trusted = trusted & ((off <= CLOSE) | later)
                 if now.concave > CONCAVE:  # q tells of no solution
                     return Followed(yt, trusted, yt, off)
@@ -427,8 +431,10 @@ class Unrolled:
             grad = grad - size * gxy
             adjoint = adjoint - size * gyy
 
-        def respond(d: Tensor, first: bool | Tensor = False) -> Course:
-            del first  # the steps themselves are taken at x(t)
+        def respond(
+            d: Tensor, first: bool | Tensor = False, margin: float | Tensor = 0.0
+        ) -> Course:
+            del first, margin  # the steps themselves are taken at x(t)
 
             def replay(t: float | Tensor, xt: Tensor) -> Followed:
                 y_t = path[0].y if path else y

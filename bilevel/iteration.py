@@ -167,6 +167,7 @@ class Iteration:
             self.kappa,
             first=state.outer_last is None,
             rise=state.lengths.allowed(self.kappa),
+            margin=self.inner.gain if self.still else 0.0,
         )
         line = trials.line
         leapt = None if lost else self._leapt(trials, line, h)
@@ -328,6 +329,7 @@ class Inner:
     value: float | Tensor = float("nan")
     spoiled: float | Tensor = 0.0  # not finite where any loss on the way was not
     size: float | Tensor = 0.0
+    gain: float = 0.0  # of g by searched steps, each on its own batch
     trials: int = 0
     failures: int = 0
     path: list[InnerStep] = field(default_factory=list)
@@ -356,6 +358,7 @@ def inner_steps(method: Method, oracle: Oracle, state: State, draws: Sequence[Dr
         y = y - move.size * gy
         out.value, out.size, out.last = value, move.size, move.last
         out.spoiled = out.spoiled + unsound(value)
+        out.gain += move.gain if math.isfinite(move.gain) else 0.0
         out.trials += move.trials
         out.failures += move.failed
     out.y = y

@@ -34,7 +34,8 @@ class Trials:
     * 'frozen': y itself; blind where f depends on x through y alone.
 
     None is for rules that try nothing: they see <h, d> as the slope. ``rise`` is by how much f may
-    rise where y bends, see :class:`bilevel.lengths.Lengths`.
+    rise where y bends, see :class:`bilevel.lengths.Lengths`; ``margin`` by how much g may lose by
+    y's following x: what inner steps gain again. A short way along w may lose where g has kinks.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Trials:
         kappa: float,
         first: bool,
         rise: float = 0.0,
+        margin: float = 0.0,
     ) -> None:
         self._oracle, self._outer, self._inner = oracle, outer, inner
         (self.x, self.y), self.response = point, response
@@ -59,10 +61,10 @@ class Trials:
         self._bent: dict[float, Tensor] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
-        self._kappa, self._first, self._rise = kappa, first, rise
+        self._kappa, self._first, self._rise, self._margin = kappa, first, rise, margin
         self.slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
         if response == "tangent":
-            self.slope, self.apart, self._follow = h.respond(d, first)
+            self.slope, self.apart, self._follow = h.respond(d, first, margin)
 
     @property
     def line(self) -> Line:
@@ -98,7 +100,7 @@ class Trials:
     def _respond(self, t: float, xt: Tensor, cut: bool) -> Followed:
         if self._follow is not None and t > 0:
             if cut:  # the tangent along the arc that the projection leaves of the line
-                return self._h.respond(xt - self.x, self._first).follow(1.0, xt)
+                return self._h.respond(xt - self.x, self._first, self._margin).follow(1.0, xt)
             return self._follow(t, xt)
         y = self.y
         if self.response == "refine":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bilevel import checkpoint as files
-from bilevel import require
+from bilevel import kinks, require
 from bilevel.data import Cycle, refuse_shared
 from bilevel.distributed import Ranks, is_agreed
 from bilevel.drawn import Batches
@@ -22,7 +22,7 @@ from bilevel.layout import Variable
 from bilevel.method import Method
 from bilevel.noise import averaged
 from bilevel.presets import PRESETS
-from bilevel.problem import Problem, make_oracle
+from bilevel.problem import Draw, Problem, make_oracle
 from bilevel.progress import Bar
 from bilevel.record import Record, Result
 from bilevel.state import State
@@ -158,7 +158,7 @@ def solve(
         state, history = saver.restore(state)
     saver.note(state, history)
     saver.prepare()
-    batches = None
+    batches = draw = None
     take: _Take = partial(_singly, method, problem)
     if compile:
         from bilevel.chunks import Chunks  # torch.compile is slow to import
@@ -189,6 +189,7 @@ def solve(
             try:
                 if batches is None:
                     batches = ranks.read(partial(source.next, *method.wanted(state)))
+                draw = Draw(batches[1][0])
                 state, records = take(begin, batches, limit)
             except Exception as error:
                 if not history or (ranks.size > 1 and not is_agreed(error)):
@@ -220,6 +221,8 @@ def solve(
         bar.close()
     saver.write()
     _tell_doubts(history)
+    if draw is not None:
+        kinks.tell(method, oracle, state, draw, history)
     return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
 
 

@@ -70,6 +70,16 @@ class Following(Implicit):
         return h
 
 
+class Strict(Implicit):
+    """The default's hypergradient, where following x may cost g nothing."""
+
+    def estimate(self, *args: Any) -> Estimate:
+        h = super().estimate(*args)
+        respond = h.respond
+        h.respond = lambda d, first=False, margin=0.0: respond(d, first)
+        return h
+
+
 class Grounded(Method):
     """Without leaps over kinks."""
 
@@ -109,6 +119,9 @@ def variants() -> dict[str, Method]:
         "response refine, slack 0.01": bilevel.bisls("adam", slack=0.01, response="refine"),
         "y straight": replace(default, hypergradient=following("y")),
         "y bent": replace(default, hypergradient=following("bent")),
+        "g may lose nothing": replace(
+            default, hypergradient=Strict(DEFAULT.solver, average="auto")
+        ),
         "no leaps": Grounded(**vars(default)),
         "x never stays": Going(**vars(default)),
         "1 outer batch": replace(default, outer_batches=1),

@@ -160,8 +160,72 @@ class _Sinusoids:
             yield _sinusoids(self.count, g)
 
 
+def edges(seed: int, size: int = 60, decay: float = 5e-3) -> Case:
+    """Which edges a graph has, for a network on it that is trained on a third of the nodes, all at
+    once, so that g has kinks."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (size,), generator=g)
+    likely = torch.where(labels[:, None] == labels, 0.15, 0.08)
+    pairs = torch.triu_indices(size, size, 1).unbind()
+    there = (torch.rand(size, size, generator=g) < likely)[pairs]
+    told = F.one_hot(labels, 3) + 1.5 * torch.randn(size, 3, generator=g)
+    features = torch.cat([told, torch.randn(size, 5, generator=g)], 1)
+    train, validation = torch.arange(0, 20), torch.arange(20, 40)
+
+    def scores(x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        one_way = torch.zeros(size, size).index_put(pairs, x.sigmoid())
+        adjacency = one_way + one_way.T + torch.eye(size)
+        root = adjacency.sum(1).rsqrt()
+        adjacency = root[:, None] * adjacency * root
+        return adjacency @ F.relu(adjacency @ features @ y["W1"]) @ y["W2"]
+
+    def inner(x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(scores(x, y)[train], labels[train]) + decay * squares(y)
+
+    def outer(x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(scores(x, y)[validation], labels[validation])
+
+    def objective(x: Tensor, y: dict[str, Tensor]) -> float:
+        return float(outer(x, trained(lambda y: inner(x, y), y)))
+
+    y = {
+        "W1": 0.3 * torch.randn(8, 16, generator=g),
+        "W2": 0.3 * torch.randn(16, 3, generator=g),
+    }
+    return Case(outer, inner, torch.where(there, 2.0, -4.0), y, objective, local=True)
+
+
+def example_weights(seed: int, wrong: int = 48, decay: float = 1e-3) -> Case:
+    """A weight for each of 120 examples, many of a wrong label; a network trained on all of them
+    at once, so that g has kinks."""
+    g = torch.Generator().manual_seed(seed)
+    rows, few = torch.randn(120, 6, generator=g), torch.randn(300, 6, generator=g)
+    labels, true = ((z[:, 0] * z[:, 1] > 0).long() for z in (rows, few))
+    labels[:wrong] = 1 - labels[:wrong]
+
+    def inner(x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        losses = F.cross_entropy(scores(y, rows), labels, reduction="none")
+        return (x.sigmoid() * losses).mean() + decay * squares(y)
+
+    def outer(x: Any, y: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(scores(y, few), true)
+
+    def objective(x: Tensor, y: dict[str, Tensor]) -> float:
+        return float(outer(x, trained(lambda y: inner(x, y), y)))
+
+    y = {
+        "W1": torch.randn(6, 16, generator=g) / 3**0.5,
+        "b1": torch.zeros(16),
+        "W2": torch.randn(16, 2, generator=g) / 8**0.5,
+        "b2": torch.zeros(2),
+    }
+    return Case(outer, inner, torch.zeros(120), y, objective, local=True)
+
+
 NETWORKS: dict[str, Callable[[int], Case]] = {
     "distillation into a network": network_distillation,
     "domain weights of a network": domains,
     "initialization of a network": initialization,
+    "edges of a graph": edges,
+    "weights of examples": example_weights,
 }

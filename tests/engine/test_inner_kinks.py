@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import bilevel
+from benchmarks.networks import example_weights
 from bilevel import Implicit, Problem, iteration, kinks
 from bilevel.layout import Layout
 from bilevel.linear import ConjugateGradient
@@ -86,43 +87,15 @@ def test_the_margin_is_what_inner_steps_gained():
     assert margins[-1] == 0.0
 
 
-def graph_network(seed, activation=F.relu, size=60):
-    """Edges of a graph; y is a network on it, trained on a third of its nodes."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 3, (size,), generator=g)
-    alike = torch.where(labels[:, None] == labels, 0.15, 0.08)
-    upper = torch.triu_indices(size, size, 1)
-    edges = (torch.rand(size, size, generator=g) < alike)[upper[0], upper[1]]
-    features = F.one_hot(labels, 3).float() + 1.5 * torch.randn(size, 3, generator=g)
-    features = torch.cat([features, torch.randn(size, 5, generator=g)], 1)
-
-    def scores(x, y):
-        one_way = torch.zeros(size, size).index_put((upper[0], upper[1]), x.sigmoid())
-        both = one_way + one_way.T + torch.eye(size)
-        degree = both.sum(1).rsqrt()
-        adjacency = degree[:, None] * both * degree
-        return adjacency @ activation(adjacency @ features @ y["W1"]) @ y["W2"]
-
-    def inner(x, y):
-        decay = 5e-3 * (y["W1"].square().sum() + y["W2"].square().sum())
-        return F.cross_entropy(scores(x, y)[:20], labels[:20]) + decay
-
-    def outer(x, y):
-        return F.cross_entropy(scores(x, y)[20:40], labels[20:40])
-
-    y = {
-        "W1": 0.3 * torch.randn(8, 16, generator=g),
-        "W2": 0.3 * torch.randn(16, 3, generator=g),
-    }
-    return outer, inner, torch.where(edges, 2.0, -4.0), y
-
-
 @pytest.mark.filterwarnings(f"ignore:{TOLD}:RuntimeWarning")
 def test_rectifiers_do_not_stop_x():
-    """Without a margin f falls from 1.1 to 0.77 on one seed of three, or less far."""
+    """Where g may lose nothing, 0.52 is left of 0.94 on average."""
+    losses = []
     for seed in range(3):
-        result = bilevel.solve(*graph_network(seed), steps=60)
-        assert result.history[-1].outer_loss < 0.02
+        case = example_weights(seed)
+        result = case.solve("bisls-adam", steps=100)
+        losses.append(case.value(result.x, result.y))
+    assert sum(losses) / 3 < 0.3
 
 
 A, A_VAL = (

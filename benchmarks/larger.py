@@ -24,6 +24,7 @@ from benchmarks.problems import (
     images_of,
     representation,
 )
+from benchmarks.rounded import SHARP_AND_ROUNDED
 from benchmarks.stumbles import STUMBLES
 from benchmarks.unseen import UNSEEN
 from tasks.data import Dataset, load
@@ -87,3 +88,4 @@ LARGER: dict[str, Callable[[int], Case]] = {
     "few-shot features, Omniglot": few_shot,
 }
 EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN, **KINKED, **STUMBLES}
+EVERY |= SHARP_AND_ROUNDED

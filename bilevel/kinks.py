@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bilevel.lengths import SHRUNK
 from bilevel.problem import Draw, Oracle
 from bilevel.record import Record
 from bilevel.rules import Armijo
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from bilevel.method import Method
 
 FEWEST = 10  # iterations that tell
+SHORTER = 8  # times than the longest step, or nothing has stopped
 FARTHER = 8  # times as far from one look to the next
 JUMPS, SMOOTH = 0.2, 0.02  # change of the slope over the slope: of searches' concern; next to none
 
@@ -44,10 +44,10 @@ def tell(method: Method, oracle: Oracle, state: State, draw: Draw, history: list
 
 
 def shrank(history: list[Record]) -> bool:
-    """Whether inner steps are ``SHRUNK`` times shorter, lately, than the longest one was."""
+    """Whether inner steps are ``SHORTER`` times shorter, lately, than the longest one was."""
     late = sorted(record.inner_step for record in history[3 * len(history) // 4 :])
     longest = max((record.inner_step for record in history), default=0.0)
-    return len(history) >= FEWEST and SHRUNK * late[len(late) // 2] < longest
+    return len(history) >= FEWEST and SHORTER * late[len(late) // 2] < longest
 
 
 def at_kink(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw, step: float, longest: float) -> bool:

@@ -228,7 +228,7 @@ def test_how_much_shorter_steps_are():
 
     assert not kinks.shrank([]) and not kinks.shrank(history([1.0] + 8 * [1e-3]))
     assert kinks.shrank(history([1.0] + 9 * [1e-3]))
-    assert not kinks.shrank(history([1.0] + 9 * [1 / 31]))
+    assert not kinks.shrank(history([1.0] + 9 * [1 / 8]))
     assert kinks.shrank(history([1.0] + 11 * [1e-3] + [1.0] + 3 * [1e-3]))  # most of the last
     assert not kinks.shrank(history([1.0] + 10 * [1e-3] + [1.0, 1.0, 1e-3]))
     assert not kinks.shrank(history(20 * [math.nan]))

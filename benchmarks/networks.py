@@ -4,6 +4,7 @@ the minimum of g that is nearest to a given y."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,17 +196,20 @@ def edges(seed: int, size: int = 60, decay: float = 5e-3) -> Case:
     return Case(outer, inner, torch.where(there, 2.0, -4.0), y, objective, local=True)
 
 
-def example_weights(seed: int, wrong: int = 48, decay: float = 1e-3) -> Case:
+def example_weights(
+    seed: int, size: int | None = None, wrong: int = 48, decay: float = 1e-3
+) -> Case:
     """A weight for each of 120 examples, many of a wrong label; a network trained on all of them
-    at once, so that g has kinks."""
+    at once, so that g has kinks, or on batches of a size."""
     g = torch.Generator().manual_seed(seed)
     rows, few = torch.randn(120, 6, generator=g), torch.randn(300, 6, generator=g)
     labels, true = ((z[:, 0] * z[:, 1] > 0).long() for z in (rows, few))
     labels[:wrong] = 1 - labels[:wrong]
+    everything = rows, labels, torch.arange(120)
 
-    def inner(x: Tensor, y: dict[str, Tensor]) -> Tensor:
-        losses = F.cross_entropy(scores(y, rows), labels, reduction="none")
-        return (x.sigmoid() * losses).mean() + decay * squares(y)
+    def inner(x: Tensor, y: dict[str, Tensor], batch: Any = everything) -> Tensor:
+        losses = F.cross_entropy(scores(y, batch[0]), batch[1], reduction="none")
+        return (x[batch[2]].sigmoid() * losses).mean() + decay * squares(y)
 
     def outer(x: Any, y: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(scores(y, few), true)
@@ -219,7 +223,8 @@ def example_weights(seed: int, wrong: int = 48, decay: float = 1e-3) -> Case:
         "W2": torch.randn(16, 2, generator=g) / 8**0.5,
         "b2": torch.zeros(2),
     }
-    return Case(outer, inner, torch.zeros(120), y, objective, local=True)
+    data = {"inner_data": Shuffled(*everything, size=size)} if size else {}
+    return Case(outer, inner, torch.zeros(120), y, objective, data, local=True)
 
 
 NETWORKS: dict[str, Callable[[int], Case]] = {
@@ -228,4 +233,5 @@ NETWORKS: dict[str, Callable[[int], Case]] = {
     "initialization of a network": initialization,
     "edges of a graph": edges,
     "weights of examples": example_weights,
+    "weights of examples, batch 30": partial(example_weights, size=30),
 }

@@ -167,7 +167,7 @@ class Iteration:
             self.kappa,
             first=state.outer_last is None,
             rise=state.lengths.allowed(self.kappa),
-            margin=self.inner.gain if self.still else 0.0,
+            margin=self._margin(h),
         )
         line = trials.line
         leapt = None if lost else self._leapt(trials, line, h)
@@ -178,6 +178,11 @@ class Iteration:
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
         return Found(trials, line, move, point, leapt, state.moments if lost else moments, lost)
+
+    def _margin(self, h: Estimate) -> float:
+        """By how much g may lose where y follows x: what the inner steps gained, if g is the same
+        in all of them, or of a network, which may have kinks. Batches make others gain by noise."""
+        return self.inner.gain if self.still or not has_solution(h) else 0.0
 
     def _is_lost(self, h: Estimate) -> bool:
         """Whether x is to stay for want of a hypergradient; of a g without noise."""

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def test_how_much_g_may_lose_by_a_short_way(margin, first):
 
 
 def test_the_margin_is_what_inner_steps_gained():
-    """All that g has fallen by where it is the same throughout; nothing where it has batches."""
+    """All that g has fallen by where it is the same throughout; nothing where it has batches and is
+    not known to be concave."""
     A = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     margins = []
 
@@ -83,8 +85,12 @@ def test_the_margin_is_what_inner_steps_gained():
         fallen = float(inner(X, Y) - inner(X, there.y))
         assert there.gain == pytest.approx(fallen, rel=1e-9) and fallen > 0
         assert margins[-1] == there.gain
-    method.step(problem, state, None, [A[:10], A[10:20], A[20:]])
+    batches = [A[:10], A[10:20], A[20:]]
+    method.step(problem, state, None, batches)
     assert margins[-1] == 0.0
+    concave = replace(state, learned=state.learned._replace(concave=0.1))  # as of a network
+    method.step(problem, concave, None, batches)
+    assert margins[-1] > 0
 
 
 @pytest.mark.filterwarnings(f"ignore:{TOLD}:RuntimeWarning")

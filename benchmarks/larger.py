@@ -87,5 +87,13 @@ LARGER: dict[str, Callable[[int], Case]] = {
     "data cleaning, MNIST, 90 % wrong": lambda seed: cleaning(seed, corrupted=0.9, name="mnist"),
     "few-shot features, Omniglot": few_shot,
 }
-EVERY = {**CASES, **NETWORKS, **HARD, **LARGER, **UNSEEN, **KINKED, **STUMBLES}
-EVERY |= SHARP_AND_ROUNDED
+EVERY = {
+    **CASES,
+    **NETWORKS,
+    **HARD,
+    **LARGER,
+    **UNSEEN,
+    **KINKED,
+    **STUMBLES,
+    **SHARP_AND_ROUNDED,
+}

@@ -239,7 +239,7 @@ class Iterations:
         kappa = 1.0 if self.alone else old.agreement.kappa(m)
         rise = lengths.allowed(kappa)
         most = ceiling(h.value) + rise
-        margin = inner.gain.to(y.dtype) if self.still else 0.0
+        margin = (inner.gain.clamp_min(0) * (kappa > 0)).to(y.dtype) if self.still else 0.0
         slope, apart, follow = self._course(h, d, first, margin)
         length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
         leap = lengths.leap(length, norm, last, kappa) * self.method.leaps

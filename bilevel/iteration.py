@@ -181,8 +181,10 @@ class Iteration:
 
     def _margin(self, h: Estimate) -> float:
         """By how much g may lose where y follows x: what the inner steps gained, if g is the same
-        in all of them, or of a network, which may have kinks. Batches make others gain by noise."""
-        return self.inner.gain if self.still or not has_solution(h) else 0.0
+        in all of them, or of a network, which may have kinks; others gain by noise on batches.
+        Nothing where nothing is known of other batches."""
+        gained = self.still or not has_solution(h)
+        return max(self.inner.gain, 0.0) if gained and self.kappa > 0 else 0.0
 
     def _is_lost(self, h: Estimate) -> bool:
         """Whether x is to stay for want of a hypergradient; of a g without noise."""

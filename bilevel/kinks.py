@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bilevel.distributed import Ranks, is_agreed
+from bilevel.hypergradients import FiniteDifference
 from bilevel.problem import Draw, Oracle
+from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.rules import Armijo
 from bilevel.state import State
@@ -16,35 +19,48 @@ from bilevel.state import State
 if TYPE_CHECKING:
     from bilevel.method import Method
 
-FEWEST = 10  # iterations that tell
-SHORTER = 8  # times than the longest step, or nothing has stopped
-FARTHER = 8  # times as far from one look to the next
-JUMPS, SMOOTH = 0.2, 0.02  # change of the slope over the slope: of searches' concern; next to none
+FEWEST = 10  # iterations, before which nothing has stopped
+SHORTER = 8  # times shorter than the longest are steps that have
+FARTHER = 8  # times as far is each look as the one before it
+JUMPS = 0.2  # share of itself by which the slope changes where a search notices
+SMOOTH = 0.02  # share by which g_yy says that it does where it hardly changes
 
 
-def tell(method: Method, oracle: Oracle, state: State, draw: Draw, history: list[Record]) -> None:
+def tell(
+    method: Method, oracle: Oracle, state: State, draw: Draw, history: list[Record], ranks: Ranks
+) -> None:
     """Warn where inner searches have come to nothing since y is at a kink of g."""
-    if not isinstance(method.inner_rule, Armijo) or method.inner_solver or not shrank(history):
+    searches = isinstance(method.inner_rule, Armijo) and method.inner_solver is None
+    differentiates = not isinstance(method.hypergradient, FiniteDifference)
+    step = state.inner_last
+    if not (searches and differentiates and step and shrank(history)):
         return
-    step, longest = state.inner_last, max(record.inner_step for record in history)
+    longest = max(record.inner_step for record in history)
+    device = state.vectors[1].device
+    random = all_generators(device)  # to be left as the run has left them
     try:
-        found = step is not None and at_kink(oracle, *state.vectors, draw, step, longest)
-    except Exception:  # of a loss: nothing that only warns is to end a run
+        found = at_kink(oracle, *state.vectors, draw, step, longest)
+    except Exception as error:  # of a loss: nothing that only warns is to end a run
+        if ranks.size > 1 and not is_agreed(error):
+            raise  # the other ranks wait elsewhere
         return
+    finally:
+        restore_generators(random, device)
     if found:
         warnings.warn(
             f"y stopped at a kink of g: inner steps fell from {longest:.1g} to {step:.1g}, since "
             f"g_y jumps where second derivatives say that it hardly changes. y may be far from its "
             f"minimum, and the hypergradient off. Round the kink off, over a few hundredths of its "
-            f"scale: (z**2 + 1e-3).sqrt() for |z|, F.softplus(z, beta=30) for a hinge relu(z), and "
-            f"tanh or softplus for ReLU in a network.",
+            f"scale: (z**2 + 1e-3).sqrt() for |z|, F.softplus(z, beta=30) for a hinge relu(z); in "
+            f"a network, tanh or softplus instead of ReLU, if x gets nowhere.",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def shrank(history: list[Record]) -> bool:
-    """Whether inner steps are ``SHORTER`` times shorter, lately, than the longest one was."""
+    """Whether the median of the last quarter of the inner steps is ``SHORTER`` times shorter than
+    the longest one, in a run of ``FEWEST`` iterations at least."""
     late = sorted(record.inner_step for record in history[3 * len(history) // 4 :])
     longest = max((record.inner_step for record in history), default=0.0)
     return len(history) >= FEWEST and SHORTER * late[len(late) // 2] < longest
@@ -62,7 +78,7 @@ def at_kink(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw, step: float, longe
     gy = pull.gradient
     slope = torch.dot(gy, gy)
     bend = torch.dot(gy, pull.product(gy)).abs()
-    while step <= longest and step * bend <= SMOOTH * slope:
+    while 0 < step <= longest and step * bend <= SMOOTH * slope:
         there = oracle.inner_gradient(x, y - step * gy, draw)[1]
         if torch.dot(gy, gy - there) >= JUMPS * slope > 0:
             return True

@@ -213,6 +213,9 @@ def solve(
             ended = ended or _reached(tol, history)
             if not ended and state.k % checkpoint_every == 0:
                 saver.write()
+        else:
+            if draw is not None:
+                kinks.tell(method, oracle, state, draw, history, ranks)
     except KeyboardInterrupt:
         if ranks.size > 1:
             raise  # it met each rank at another place
@@ -221,8 +224,6 @@ def solve(
         bar.close()
     saver.write()
     _tell_doubts(history)
-    if draw is not None:
-        kinks.tell(method, oracle, state, draw, history)
     return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
 
 

@@ -1,6 +1,7 @@
 """Where g has kinks: a short way along y's tangent loses, inner steps stop, and a run tells."""
 
 import math
+import random
 import warnings
 from dataclasses import replace
 
@@ -91,6 +92,18 @@ def test_the_margin_is_what_inner_steps_gained():
     concave = replace(state, learned=state.learned._replace(concave=0.1))  # as of a network
     method.step(problem, concave, None, batches)
     assert margins[-1] > 0
+    # nothing where f has a batch, and nobody knows of others
+    told = Problem(lambda x, y, batch: outer(x, y), inner)
+    method.step(told, concave, A, batches)
+    assert margins[-1] == 0.0
+    # a slack may let g rise: that is no margin
+    slack = replace(method, inner_rule=replace(method.inner_rule, slack=10.0, initial=1e3))
+    far = replace(state, inner_last=1e3)
+    assert (
+        iteration.inner_steps(slack, make_oracle(problem, *far.layouts), far, [Draw(None)]).gain < 0
+    )
+    slack.step(problem, far, None, 1)
+    assert margins[-1] == 0.0
 
 
 @pytest.mark.filterwarnings(f"ignore:{TOLD}:RuntimeWarning")
@@ -186,6 +199,54 @@ def test_only_steps_that_are_searched_tell(options):
     assert not told(*lasso(False), **options)[1]
 
 
+def test_a_look_leaves_generators_and_interrupts_as_they_are(monkeypatch):
+    def noisy(look):
+        def looked(*args):
+            torch.rand(3)
+            random.random()
+            return look(*args)
+
+        return looked
+
+    drawn = []
+    for look in (lambda *args: False, noisy(kinks.at_kink)):
+        monkeypatch.setattr(kinks, "at_kink", look)
+        random.seed(0)
+        told(*lasso(False), seed=0)
+        drawn.append((float(torch.rand(())), random.random()))
+    assert drawn[0] == drawn[1]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kinks, "at_kink", interrupted)
+    result, _ = told(*lasso(False))
+    assert len(result.history) == 100 and "interrupted from the keyboard" in result.reason
+
+
+def test_a_run_that_ended_otherwise_is_not_looked_at(monkeypatch):
+    looks = []
+    monkeypatch.setattr(kinks, "tell", lambda *args: looks.append(args))
+    outer, inner, x, y = lasso(False)
+    calls = []
+
+    def failing(x, y):
+        calls.append(1)
+        if len(calls) > 400:
+            raise RuntimeError("no more")
+        return inner(x, y)
+
+    assert "no more" in told(outer, failing, x, y)[0].reason and not looks
+    bilevel.solve(*lasso(False), steps=3)
+    assert len(looks) == 1
+
+
+def test_a_loss_without_second_derivatives_is_not_looked_at():
+    """Its g_yy may be zero without a word, so that any bend would be a jump."""
+    method = bilevel.bisls(hypergradient=bilevel.FiniteDifference(ConjugateGradient()))
+    assert not told(*lasso(False), method=method)[1]
+
+
 def test_steps_that_shrink_with_a_penalty_are_no_kink():
     """g becomes a thousand times as steep, and steps as much shorter."""
     result, said = told(
@@ -221,6 +282,7 @@ def test_a_loss_that_raises_where_only_a_look_is_taken_ends_nothing(monkeypatch)
 )
 def test_what_is_a_kink(inner, y, kinked):
     oracle, x, y = oracle_of(lambda x, y: inner(x, y) + 0 * x.sum(), t([1.0]), t(y))
+    assert not kinks.at_kink(oracle, x, y, Draw(None), 0.0, 0.1)  # steps of no length
     assert kinks.at_kink(oracle, x, y, Draw(None), 1e-3, 0.1) is kinked
 
 

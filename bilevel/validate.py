@@ -126,57 +126,61 @@ def _compare_values(
             )
 
 
-def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> float | None:
-    """How much a loss changes along its gradient, over what the gradient says; None: just that.
+def _seen(oracle: Oracle, level: str, name: str, x: Tensor, y: Tensor, draw: Draw) -> float | None:
+    """How much a loss changes along its gradient in x or in y, over what the gradient says; None:
+    just that.
 
     The central difference along the gradient, over its square, is 1; where it is another number,
     and the same at half of the distance, it is another function that was differentiated.
     """
     eps = torch.finfo(y.dtype).eps
-    if eps > EXACT:
+    moves = name == "y" or oracle.problem.project is None  # x may have to be where it is
+    if eps > EXACT or not moves:
         return None
-    both = level == "outer" and oracle.problem.project is None  # x may have to be where it is
-    t = eps ** (1 / 3) * (1 + torch.linalg.vector_norm(torch.cat([x, y]) if both else y))
-    y = y + APART * t * everywhere(y)
-    x = x + both * APART * t * everywhere(x)
-    if level == "outer":
-        value, gx, gy = oracle.outer_gradients(x, y, draw)
-        gx = both * gx
-    else:
-        value, gy = oracle.inner_gradient(x, y, draw)
-        gx = torch.zeros_like(x)
-    norm = torch.linalg.vector_norm(torch.cat([gx, gy]))
+    far = eps ** (1 / 3) * (1 + torch.linalg.vector_norm(x if name == "x" else y))
+    if oracle.problem.project is None:
+        x = x + APART * eps ** (1 / 3) * (1 + torch.linalg.vector_norm(x)) * everywhere(x)
+    y = y + APART * eps ** (1 / 3) * (1 + torch.linalg.vector_norm(y)) * everywhere(y)
+    gradients = oracle.outer_gradients if level == "outer" else oracle.inner_gradients
+    value, gx, gy = gradients(x, y, draw)
+    g = gx if name == "x" else gy
+    norm = torch.linalg.vector_norm(g)
     if not (value.isfinite() and norm.isfinite() and norm > 0):
         return None
-    t = torch.maximum(t, 1024 * eps * value.abs() / norm)  # far enough for its rounding
+    far = torch.maximum(far, 1024 * eps * value.abs() / norm)  # enough for its rounding
+
+    def at(t: Tensor) -> Tensor:
+        step = t * g / norm
+        x_t, y_t = (x + step, y) if name == "x" else (x, y + step)
+        return oracle.value(level, x_t, y_t, draw)
 
     def said(t: Tensor) -> float:
-        there, back = (
-            oracle.value(level, x + s * gx / norm, y + s * gy / norm, draw) for s in (t, -t)
-        )
-        return float((there - back) / (2 * t * norm))
+        return float((at(t) - at(-t)) / (2 * t * norm))
 
-    far, near = said(t), said(t / 2)
+    there, near = said(far), said(far / 2)
     off = abs(near - 1)
-    return near if off > OTHER and abs(far - near) < off / 10 else None
+    return near if off > OTHER and abs(there - near) < off / 10 else None
 
 
 def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
     """Warn where a loss does not change as its gradient says, since a part of it is detached."""
-    try:
-        seen = _seen(oracle, level, x, y, draw)
-    except ELSEWHERE:
-        return
-    if seen is not None:
-        warnings.warn(
-            f"along its gradient the {level} loss changes {seen:.2f} times as much as the gradient "
-            f"says: a part of it is hidden from autograd, by detach(), no_grad(), .data or an "
-            f"argmax? Line searches compare values, and find next to no step where these and "
-            f"gradients disagree. Let gradients through all of the loss, or fix the steps by "
-            f"method=bilevel.fixed(...).",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    for name in "yx":
+        try:
+            seen = _seen(oracle, level, name, x, y, draw)
+        except ELSEWHERE:
+            continue
+        if seen is not None:
+            warnings.warn(
+                f"along its gradient in {name} the {level} loss changes {seen:.2f} times as much "
+                f"as the gradient says: a part of it is hidden from autograd, by detach(), "
+                f"no_grad(), .data, an argmax or a straight-through estimator? Line searches "
+                f"compare values, and find next to no step where these and gradients disagree. "
+                f"Let gradients through all of the loss, or fix the steps by "
+                f"method=bilevel.fixed(...).",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return
 
 
 class NotFinite(ValueError):

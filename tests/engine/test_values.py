@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -107,9 +108,35 @@ def test_a_detached_part_of_the_outer_loss():
     def detached(x, y):
         return (y * y.detach()).sum() + (x**2).sum()
 
-    with pytest.warns(RuntimeWarning, match="the outer loss changes 1.[0-9]+ times"):
+    with pytest.warns(RuntimeWarning, match="in y the outer loss changes 2.0[0-9] times"):
         bilevel.solve(detached, lambda x, y: ((y - x) ** 2).sum(), t([1.0, 2.0]), t([0.5, 1.0]),
                       steps=1)  # fmt: skip
+
+
+class Rounded(torch.autograd.Function):
+    """Straight through: the gradient of x, the value of what it is rounded to."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).to(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+@pytest.mark.parametrize("level", ["outer", "inner"])
+def test_a_straight_through_estimator_is_told(level):
+    """x stood still without a word, as steps of y alone were looked at."""
+
+    def masked(x, y, rounds):
+        mask = Rounded.apply(x) if rounds else x.sigmoid()
+        return ((Z @ (mask * y) - z[:, 0]) ** 2).mean() + 0.1 * (y**2).sum()
+
+    levels = [partial(masked, rounds=level == name) for name in ("outer", "inner")]
+    x, y = torch.linspace(-1, 1, 6), torch.linspace(-0.5, 1, 6)
+    with pytest.warns(RuntimeWarning, match=f"in x the {level} loss changes 0.00 times"):
+        bilevel.solve(*levels, x, y, steps=1)
 
 
 @pytest.mark.parametrize("level", ["outer", "inner"])

@@ -126,61 +126,64 @@ def _compare_values(
             )
 
 
-def _seen(oracle: Oracle, level: str, name: str, x: Tensor, y: Tensor, draw: Draw) -> float | None:
-    """How much a loss changes along its gradient in x or in y, over what the gradient says; None:
+def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> tuple[str, float] | None:
+    """How much a loss changes along its gradient in y, or in x, over what the gradient says; None:
     just that.
 
     The central difference along the gradient, over its square, is 1; where it is another number,
     and the same at half of the distance, it is another function that was differentiated.
     """
     eps = torch.finfo(y.dtype).eps
-    moves = name == "y" or oracle.problem.project is None  # x may have to be where it is
-    if eps > EXACT or not moves:
+    if eps > EXACT:
         return None
-    far = eps ** (1 / 3) * (1 + torch.linalg.vector_norm(x if name == "x" else y))
-    if oracle.problem.project is None:
-        x = x + APART * eps ** (1 / 3) * (1 + torch.linalg.vector_norm(x)) * everywhere(x)
-    y = y + APART * eps ** (1 / 3) * (1 + torch.linalg.vector_norm(y)) * everywhere(y)
+    lengths = {"y": _length(y)}
+    y = y + APART * _length(y) * everywhere(y)
+    if oracle.problem.project is None:  # otherwise x may have to be where it is
+        lengths["x"] = _length(x)
+        x = x + APART * _length(x) * everywhere(x)
     gradients = oracle.outer_gradients if level == "outer" else oracle.inner_gradients
     value, gx, gy = gradients(x, y, draw)
-    g = gx if name == "x" else gy
-    norm = torch.linalg.vector_norm(g)
-    if not (value.isfinite() and norm.isfinite() and norm > 0):
-        return None
-    far = torch.maximum(far, 1024 * eps * value.abs() / norm)  # enough for its rounding
 
-    def at(t: Tensor) -> Tensor:
-        step = t * g / norm
-        x_t, y_t = (x + step, y) if name == "x" else (x, y + step)
-        return oracle.value(level, x_t, y_t, draw)
+    def said(name: str, t: Tensor, norm: Tensor) -> float:
+        dx, dy = (t * g / norm if name == of else 0 * g for of, g in (("x", gx), ("y", gy)))
+        there, back = (oracle.value(level, x + s * dx, y + s * dy, draw) for s in (1, -1))
+        return float((there - back) / (2 * t * norm))
 
-    def said(t: Tensor) -> float:
-        return float((at(t) - at(-t)) / (2 * t * norm))
+    for name, t in lengths.items():
+        norm = torch.linalg.vector_norm(gx if name == "x" else gy)
+        if not (value.isfinite() and norm.isfinite() and norm > 0):
+            continue
+        t = torch.maximum(t, 1024 * eps * value.abs() / norm)  # far enough for its rounding
+        far, near = said(name, t, norm), said(name, t / 2, norm)
+        off = abs(near - 1)
+        if off > OTHER and abs(far - near) < off / 10:
+            return name, near
+    return None
 
-    there, near = said(far), said(far / 2)
-    off = abs(near - 1)
-    return near if off > OTHER and abs(there - near) < off / 10 else None
+
+def _length(v: Tensor) -> Tensor:
+    """Of a central difference from there."""
+    step: Tensor = torch.finfo(v.dtype).eps ** (1 / 3) * (1 + torch.linalg.vector_norm(v))
+    return step
 
 
 def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:
     """Warn where a loss does not change as its gradient says, since a part of it is detached."""
-    for name in "yx":
-        try:
-            seen = _seen(oracle, level, name, x, y, draw)
-        except ELSEWHERE:
-            continue
-        if seen is not None:
-            warnings.warn(
-                f"along its gradient in {name} the {level} loss changes {seen:.2f} times as much "
-                f"as the gradient says: a part of it is hidden from autograd, by detach(), "
-                f"no_grad(), .data, an argmax or a straight-through estimator? Line searches "
-                f"compare values, and find next to no step where these and gradients disagree. "
-                f"Let gradients through all of the loss, or fix the steps by "
-                f"method=bilevel.fixed(...).",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            return
+    try:
+        seen = _seen(oracle, level, x, y, draw)
+    except ELSEWHERE:
+        return
+    if seen is not None:
+        name, share = seen
+        warnings.warn(
+            f"along its gradient in {name} the {level} loss changes {share:.2f} times as much as "
+            f"the gradient says: a part of it is hidden from autograd, by detach(), no_grad(), "
+            f".data, an argmax or a straight-through estimator? Line searches compare values, and "
+            f"find next to no step where these and gradients disagree. Let gradients through all "
+            f"of the loss, or fix the steps by method=bilevel.fixed(...).",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 class NotFinite(ValueError):

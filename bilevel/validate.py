@@ -137,20 +137,21 @@ def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> tuple
     if eps > EXACT:
         return None
     lengths = {"y": _length(y)}
-    y = y + APART * _length(y) * everywhere(y)
+    y = y + APART * lengths["y"] * everywhere(y)
     if oracle.problem.project is None:  # otherwise x may have to be where it is
         lengths["x"] = _length(x)
-        x = x + APART * _length(x) * everywhere(x)
+        x = x + APART * lengths["x"] * everywhere(x)
     gradients = oracle.outer_gradients if level == "outer" else oracle.inner_gradients
     value, gx, gy = gradients(x, y, draw)
+    ways = {"y": (torch.zeros_like(x), gy), "x": (gx, torch.zeros_like(y))}
 
     def said(name: str, t: Tensor, norm: Tensor) -> float:
-        dx, dy = (t * g / norm if name == of else 0 * g for of, g in (("x", gx), ("y", gy)))
-        there, back = (oracle.value(level, x + s * dx, y + s * dy, draw) for s in (1, -1))
+        dx, dy = (part / norm for part in ways[name])
+        there, back = (oracle.value(level, x + s * dx, y + s * dy, draw) for s in (t, -t))
         return float((there - back) / (2 * t * norm))
 
     for name, t in lengths.items():
-        norm = torch.linalg.vector_norm(gx if name == "x" else gy)
+        norm = torch.linalg.vector_norm(torch.cat(ways[name]))
         if not (value.isfinite() and norm.isfinite() and norm > 0):
             continue
         t = torch.maximum(t, 1024 * eps * value.abs() / norm)  # far enough for its rounding

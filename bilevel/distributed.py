@@ -46,6 +46,10 @@ class Ranks:
 
     # -- one collective each -----------------------------------------------------------------------
 
+    def parted(self, error: Exception) -> bool:
+        """Whether this rank alone may have met the error, so that the others wait elsewhere."""
+        return self.size > 1 and not getattr(error, "on_every_rank", False)
+
     def mean(self, call: Callable[[], Sequence[Tensor]], like: Sequence[Tensor]) -> list[Tensor]:
         """The mean over the ranks of each tensor that ``call()`` gives; shapes as in ``like``.
 
@@ -195,11 +199,6 @@ def _agreed(error: Exception) -> Exception:
     # read by getattr; an attribute keeps the class of the user's error, a subclass would not
     error.on_every_rank = True  # type: ignore[attr-defined]
     return error
-
-
-def is_agreed(error: Exception) -> bool:
-    """Whether every rank raises this error now, so that all can go on alike."""
-    return getattr(error, "on_every_rank", False)
 
 
 def _is_batch(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bilevel.distributed import Ranks, is_agreed
+from bilevel.distributed import Ranks
 from bilevel.hypergradients import FiniteDifference
 from bilevel.problem import Draw, Oracle
 from bilevel.randomness import all_generators, restore_generators
@@ -41,8 +41,8 @@ def tell(
     try:
         found = at_kink(oracle, *state.vectors, draw, step, longest)
     except Exception as error:  # of a loss: nothing that only warns is to end a run
-        if ranks.size > 1 and not is_agreed(error):
-            raise  # the other ranks wait elsewhere
+        if ranks.parted(error):
+            raise
         return
     finally:
         restore_generators(random, device)

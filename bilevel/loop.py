@@ -15,7 +15,7 @@ import torch
 from bilevel import checkpoint as files
 from bilevel import kinks, require
 from bilevel.data import Cycle, refuse_shared
-from bilevel.distributed import Ranks, is_agreed
+from bilevel.distributed import Ranks
 from bilevel.drawn import Batches
 from bilevel.lag import WAITS
 from bilevel.layout import Variable
@@ -192,7 +192,7 @@ def solve(
                 draw = Draw(batches[1][0])
                 state, records = take(begin, batches, limit)
             except Exception as error:
-                if not history or (ranks.size > 1 and not is_agreed(error)):
+                if not history or ranks.parted(error):
                     raise  # the other ranks wait elsewhere, and end when this one does
                 # hours of work are not thrown away for one bad batch
                 ended = f"stopped at iteration {state.k}: {type(error).__name__}: {error}"

@@ -181,7 +181,7 @@ def test_of_a_fixed_order_every_batch_is_learned_from(count: int) -> None:
     assert flat == [ids[j % count] for j in range(len(flat))]  # none is left out
 
 
-class Noisy(IterableDataset):  # type: ignore[type-arg]
+class Noisy(IterableDataset):
     """Draws a number for every batch from the global generator of torch, Python and NumPy."""
 
     def __iter__(self) -> Any:

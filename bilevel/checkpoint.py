@@ -29,12 +29,12 @@ from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.reuse import Habit
 from bilevel.rules import Moments
+from bilevel.state import State, Training
 
 if TYPE_CHECKING:
     from bilevel.method import Method
-    from bilevel.state import State
 
-VERSION = 8
+VERSION = 9
 
 
 @contextmanager
@@ -243,6 +243,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "noise": list(state.noise),
         "agreement": list(state.agreement),
         "learned": list(state.learned),
+        "training": [list(state.training.moments), *state.training[1:]],
         "history": [record.asdict() for record in history],
     }
     return _plain(content)
@@ -300,7 +301,10 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
     def here(t: Any) -> Any:
         return t.to(device) if isinstance(t, torch.Tensor) else t
 
-    m, v, count, weight = content["moments"]
+    def moments(held: list[Any]) -> Moments:
+        return Moments(here(held[0]), here(held[1]), *held[2:])
+
+    first, *rest = content["training"]
     average = content["average"]
     restored = replace(
         state,
@@ -309,7 +313,7 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         outer_last=content["last"][0],
         inner_last=content["last"][1],
         lengths=Lengths(*content["lengths"]),
-        moments=Moments(here(m), here(v), count, weight),
+        moments=moments(content["moments"]),
         q=here(content["q"]),
         average=average and Average(here(average[0]), here(average[1]), *average[2:]),
         solver=content["solver"],
@@ -319,5 +323,6 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         noise=Noise(*content["noise"]),
         agreement=Agreement(*content["agreement"]),
         learned=Learned(*content["learned"]),
+        training=Training(moments(first), *rest),
     )
     return restored, [Record(**record) for record in content["history"]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bilevel.average import Average
 from bilevel.drawn import Batches, Drawn, drawn
-from bilevel.host import Numbers, numbers, unsound
-from bilevel.hypergradients import Estimate, InnerStep
-from bilevel.inner_solver import run_solver
+from bilevel.host import Numbers, numbers
+from bilevel.hypergradients import Estimate
+from bilevel.inner import Inner, inner_steps
 from bilevel.lag import (
     IN_A_ROW,
     WAITS,
@@ -282,6 +282,7 @@ class Iteration:
             k=state.k + 1,
             outer_last=move.last,
             inner_last=self.inner.last,
+            training=self.inner.training,
             lengths=lengths,
             moments=taken.moments,
             q=h.q,
@@ -324,56 +325,6 @@ class Iteration:
             seconds=self.state.seconds,
             failure=failure,
         )
-
-
-@dataclass
-class Inner:
-    """What the inner steps lead to, and their path as far as the hypergradient asks for it."""
-
-    y: Tensor
-    last: float | None
-    solver: Any
-    value: float | Tensor = float("nan")
-    spoiled: float | Tensor = 0.0  # not finite where any loss on the way was not
-    size: float | Tensor = 0.0
-    gain: float = 0.0  # of g by searched steps, each on its own batch
-    trials: int = 0
-    failures: int = 0
-    path: list[InnerStep] = field(default_factory=list)
-
-
-def inner_steps(method: Method, oracle: Oracle, state: State, draws: Sequence[Draw]) -> Inner:
-    """The inner steps from y at x, one on each draw."""
-    x, y = state.vectors
-    out = Inner(y, state.inner_last, state.solver)
-    if method.inner_solver is not None:
-        out.y, out.solver = run_solver(method.inner_solver, oracle, x, y, draws, state.solver)
-        return out
-    keep, window = method.hypergradient.keep, method.hypergradient.window
-    first_kept = 0 if window is None else max(0, len(draws) - window)
-    for t, draw in enumerate(draws):
-        kept = keep != "nothing" and t >= first_kept
-        graph = oracle.record(x, y, draw) if kept and keep == "graphs" else None
-        if graph is not None:
-            value, gy = graph.value, graph.gradient
-        else:
-            value, gy = oracle.inner_gradient(x, y, draw)
-        line = Line(value, -torch.dot(gy, gy), partial(_along, oracle, x, y, gy, draw))
-        move = method.inner_rule(line, state.k, out.last)
-        if kept:
-            out.path.append(InnerStep(y, draw, move.size, graph))
-        y = y - move.size * gy
-        out.value, out.size, out.last = value, move.size, move.last
-        out.spoiled = out.spoiled + unsound(value)
-        out.gain += move.gain if math.isfinite(move.gain) else 0.0
-        out.trials += move.trials
-        out.failures += move.failed
-    out.y = y
-    return out
-
-
-def _along(oracle: Oracle, x: Tensor, y: Tensor, gy: Tensor, draw: Draw, t: float) -> Tensor:
-    return oracle.value("inner", x, y - t * gy, draw)
 
 
 def feasible(oracle: Oracle, x: Tensor, g: Tensor, d: Tensor, t: float) -> Tensor:

@@ -33,7 +33,8 @@ def tell(
     searches = isinstance(method.inner_rule, Armijo) and method.inner_solver is None
     differentiates = not isinstance(method.hypergradient, FiniteDifference)
     step = state.inner_last
-    if not (searches and differentiates and step and shrank(history)):
+    trained = state.training.last is not None  # by steps of another scale
+    if trained or not (searches and differentiates and step and shrank(history)):
         return
     longest = max(record.inner_step for record in history)
     device = state.vectors[1].device

@@ -423,6 +423,7 @@ class Pullback:
             with self._bound:
                 value = oracle._loss("inner", self._x, self._y, draw)
                 (self._gy,) = _gradients(value, (self._y,), create_graph=True)
+        self._value = value
         self.value, self.gradient = value.detach(), self._gy.detach()
 
     def product(self, u: Tensor) -> Tensor:
@@ -437,7 +438,7 @@ class Pullback:
         return self._back(self._gy, (self._y,), u)[0]
 
     def _back(
-        self, output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor, **options: bool
+        self, output: Tensor, inputs: tuple[Tensor, ...], seed: Tensor | None, **options: bool
     ) -> tuple[Tensor, ...]:
         with self._bound:
             return _gradients(output, inputs, seed, retain_graph=True, **options)
@@ -471,7 +472,15 @@ class Pullback:
         with torch.enable_grad():
             u = torch.zeros_like(self._gy, requires_grad=True)
             (gxy,) = self._back(self._gy, (self._x,), u, create_graph=True)
-            return self._back(gxy, (u,), d)[0]
+            try:
+                return self._back(gxy, (u,), d)[0]
+            except RuntimeError as error:
+                if "must be contiguous" not in str(error):
+                    raise
+            # a fourth pass through F.cross_entropy of transposed scores is beyond torch (2.13); the
+            # gradient of <g_x, d> is the same where second derivatives are symmetric
+            (gx,) = self._back(self._value, (self._x,), None, create_graph=True)
+            return self._back(gx, (self._y,), d)[0]
 
 
 def _gradients(

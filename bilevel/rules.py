@@ -35,6 +35,8 @@ class Line:
             not known.
         extrapolates: whether the y of phi(t) is but a guess far away, as on every outer line:
             where a decrease is lost in rounding, a search then goes no farther to see one.
+        above: by how much phi may rise on top of what a search allows, since it has been as high
+            of late, on other draws.
     """
 
     value: Tensor
@@ -43,6 +45,7 @@ class Line:
     predicted: Callable[[float], float] | None = None
     kappa: float = 0.0
     extrapolates: bool = False
+    above: float = 0.0
 
     def change(self, t: float) -> float:
         """Of phi from 0 to t, to first order."""
@@ -150,7 +153,7 @@ class Armijo:
             slope,
             predicted=predicted,
             c=self.share(line.kappa, self.brackets(last)),
-            slack=rounding + self.slack * abs(value),
+            slack=rounding + self.slack * abs(value) + line.above,
         )
         start, grow, wasted = last or 0.0, None, 0
         if self.reset == "fixed":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,26 @@ from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
 from bilevel.rules import Moments
+
+MEMORY = 0.9  # weight of the mean of inner losses, where a new one counts for 1
+
+
+class Training(NamedTuple):
+    """Of a y that is trained as networks are, see :func:`bilevel.inner.trains`.
+
+    Attributes:
+        moments: of the direction, shape of y.   last: what its step-size rule carries over.
+        level: mean of the inner losses of late, C of Zhang & Hager 2004.   weight: their Q.
+    """
+
+    moments: Moments = Moments()
+    last: float | None = None
+    level: float = 0.0
+    weight: float = 0.0
+
+    def saw(self, value: float) -> Training:
+        weight = MEMORY * self.weight + 1
+        return self._replace(level=self.level + (value - self.level) / weight, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class State:
         vectors: the iterate that the next step starts from: x and y, flat, 1-dim.
         k: iterations so far.
         outer_last, inner_last: what the step-size rules carry over; None: nothing yet.
+        training: of y, where it is trained as networks are.
         lengths: of the steps of late.   moments: of the direction, shape of x.
         q: the solution of the last linear system, shape of y; None where there is none.
         average: of the iterates; None where batches leave no noise.
@@ -56,6 +77,7 @@ class State:
     noise: Noise = Noise()
     agreement: Agreement = Agreement()
     learned: Learned = Learned()
+    training: Training = field(default=Training(), repr=False)
 
     @property
     def x(self) -> Variable:

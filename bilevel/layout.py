@@ -64,7 +64,8 @@ class Layout:
 
     Raises:
         TypeError: a leaf is no tensor, or not of a floating type.
-        ValueError: nothing to optimise, or leaves on several devices.
+        ValueError: nothing to optimise, leaves on several devices, or layers of a Module that do
+            not fit.
     """
 
     def __init__(self, value: Variable, name: str) -> None:
@@ -77,6 +78,7 @@ class Layout:
                     f"{name} is a Module ({type(value).__name__}) whose parameters "
                     f"{', '.join(lazy)} have no shape yet; call it once on a batch before."
                 )
+            _refuse_embeddings(self.module, name)
             self.tree: Any = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
             order = {id(p): i for i, p in enumerate(self.tree.values())}
             # a layer may have several names, and a parameter several places
@@ -195,6 +197,21 @@ class Bound:
             held[key] = own
 
 
+def _refuse_embeddings(module: nn.Module, name: str) -> None:
+    """Refuse what has sparse gradients, or writes into its weights in a forward pass."""
+    for path, layer in module.named_modules():
+        if not isinstance(layer, nn.Embedding | nn.EmbeddingBag) or not layer.weight.requires_grad:
+            continue
+        for option, used in (("sparse=True", layer.sparse), ("max_norm", layer.max_norm)):
+            if used:
+                raise ValueError(
+                    f"{name} is a Module ({type(module).__name__}) with "
+                    f"{type(layer).__name__}(..., {option}) at {path or 'its top'}, but variables "
+                    f"are handled as one dense vector that losses only read; leave "
+                    f"{option.partition('=')[0]} out."
+                )
+
+
 def _refuse_unfit(path: str, leaf: Any) -> None:
     if isinstance(leaf, nn.Module):
         raise told(
@@ -207,6 +224,12 @@ def _refuse_unfit(path: str, leaf: Any) -> None:
             TypeError,
             f"{path} is {shown(leaf)} ({type(leaf).__name__}), not a tensor; wrap numbers in "
             f"torch.tensor(...), or let the loss close over what is not to be optimised.",
+        )
+    if leaf.is_complex():
+        raise told(
+            TypeError,
+            f"{path} has dtype {leaf.dtype}, but variables are handled as one real vector; pass "
+            f"torch.view_as_real({path}), and let the loss begin with torch.view_as_complex.",
         )
     if not leaf.is_floating_point():
         raise told(

@@ -134,6 +134,21 @@ CASES = {
         TypeError,
         ["x has dtype torch.bool"],
     ),
+    "x of complex numbers": (
+        lambda: solve(outer=never, x=torch.ones(2, dtype=torch.complex128)),
+        TypeError,
+        ["x has dtype torch.complex128", "torch.view_as_real(x)"],
+    ),
+    "sparse gradients": (
+        lambda: solve(outer=never, y=nn.Sequential(nn.Embedding(3, 2, sparse=True))),
+        ValueError,
+        ["y is a Module (Sequential)", "Embedding(..., sparse=True) at 0", "leave sparse out"],
+    ),
+    "rows with a largest norm": (
+        lambda: solve(outer=never, x=nn.EmbeddingBag(3, 2, max_norm=1.0)),
+        ValueError,
+        ["x is a Module (EmbeddingBag)", "max_norm) at its top", "leave max_norm out"],
+    ),
     "x a number": (
         lambda: solve(outer=never, x=1.0),
         TypeError,

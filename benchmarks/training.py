@@ -7,12 +7,10 @@ is no F to compare: what counts is f on all of its data, at the x and y that a r
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ import bilevel
 from benchmarks.problems import Shuffled, images_of
 from benchmarks.report import write
 from bilevel import ConjugateGradient, Implicit
+from tasks.data import load_text
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STEPS = (1e-2, 1e-1, 1.0)
@@ -146,20 +145,16 @@ class Recurrent(nn.Module):
 
 def domains(seed: int, length: int = 24) -> Deep:
     """Weights of four sources of text: as it is, backwards, out of order, random; a GRU."""
-    folder = Path(os.environ.get("BILEVEL_DATA", "data"))
-    text = (folder / "tiny_shakespeare.txt").read_text()[:160_000]
-    characters = sorted(set(text))
-    number = {character: i for i, character in enumerate(characters)}
-    lines = torch.tensor([number[character] for character in text])[: 6600 * length].view(
-        -1, length
-    )
+    text = load_text()
+    characters = len(text.vocabulary)
+    lines = text.train[: 6600 * length].view(-1, length)
     torch.manual_seed(seed)
     lines = lines[torch.randperm(len(lines))]
     sources = [
         lines[:800],
         lines[800:1600].flip(1),
         lines[1600:2400][:, torch.randperm(length)],
-        torch.randint(len(characters), (800, length)),
+        torch.randint(characters, (800, length)),
     ]
 
     def losses(y: nn.Module, text: Tensor) -> Tensor:
@@ -178,7 +173,7 @@ def domains(seed: int, length: int = 24) -> Deep:
         "inner_data": Shuffled(torch.cat(sources), torch.arange(4).repeat_interleave(800), size=64),
         "outer_data": Shuffled(validation, size=64),
     }
-    return Deep(outer, inner, torch.zeros(4), Recurrent(len(characters)), data, (validation,))
+    return Deep(outer, inner, torch.zeros(4), Recurrent(characters), data, (validation,))
 
 
 PROBLEMS: dict[str, Callable[[int], Deep]] = {

@@ -22,6 +22,8 @@ from bilevel.state import State, Training
 if TYPE_CHECKING:
     from bilevel.method import Method
 
+SAME = 1e-3  # excess of curvature of one batch over another that is none
+
 
 @dataclass
 class Inner:
@@ -86,10 +88,16 @@ def _descend(
 
 
 def trains(method: Method, oracle: Oracle, state: State, draws: Sequence[Draw]) -> bool:
-    """Whether y is to be trained as networks are: where g is not convex and its batches differ."""
-    if method.training is None or method.fresh or not bool(state.learned.concave > CONCAVE):
+    """Whether y is to be trained as networks are: where g is not convex and its batches differ.
+
+    Not where it starts afresh, nor where what goes back along the steps, or takes one more,
+    supposes them along -g_y.
+    """
+    plain = method.response == "refine" or method.hypergradient.keep != "nothing"
+    if method.training is None or method.fresh or plain or state.learned.concave <= CONCAVE:
         return False
-    return len(oracle.distinct(draws)) > 1 or state.noise.terms > 0
+    noise = state.noise
+    return abs(noise.level) > SAME if noise.terms else len(oracle.distinct(draws)) > 1
 
 
 def _train(method: Method, oracle: Oracle, state: State, draws: Sequence[Draw], out: Inner) -> None:

@@ -43,8 +43,8 @@ class Method:
         name: for people.   hypergradient: see :class:`bilevel.hypergradients.Hypergradient`.
         direction: (h, moments, share) -> the outer direction, shape of x, and new moments.
         outer_rule, inner_rule: how far steps go, see :class:`bilevel.rules.Rule`.
-        training: direction and rule of the inner steps where g is not convex and its batches
-            differ, as that of a network, see :func:`bilevel.inner.trains`; None: as elsewhere.
+        training: direction and rule of the inner steps where y is trained as networks are, see
+            :func:`bilevel.inner.trains`; None: as elsewhere.
         response: on which y a trial is judged, see :class:`bilevel.trials.Trials`.
         inner_solver: instead of steps by ``inner_rule``, see :func:`bisls`; None: those.
         averages: whether the average of the iterates may be the answer where there are batches,

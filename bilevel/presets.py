@@ -25,8 +25,8 @@ DEFAULT = Implicit(ConjugateGradient(steps=150, rtol="auto"), average="auto")
 # what is best for one of them is too long for all data
 INNER_C = 0.8
 
-# The same for a y that is trained as networks are, see :func:`bilevel.inner.trains`: of six deep
-# ones none is far from the best with it, and with less momentum, or without g's memory, some are
+# The same for a y that is trained as networks are, see :func:`bilevel.inner.trains`: with it none of
+# five deep ones is far from the best; with less momentum, another share or no memory some are
 TRAINING_C = 0.7
 TRAINING_ADAM = Adam(descends=True)
 
@@ -63,7 +63,7 @@ def bisls(
 
     Args:
         direction: 'adam' or 'sgd' (A = I). The inner direction is -g_y in both; that of Adam where
-            g is not convex and its batches differ, as where y is a network.
+            y is trained as networks are, on batches of a g that is not convex.
         outer_step, inner_step: first steps tried, > 0. The first search goes up or down from there
             as far as the loss falls, so that any value serves.
         slack: allowed relative increase, >= 0. Zero is enough because a trial is judged on the
@@ -90,19 +90,16 @@ def bisls(
     # small batches lead an Adam direction astray where steps double, but not h where y follows
     follows = response == "tangent"
     growth = 2.0 if direction == "sgd" and follows else 1.2
-    hypergradient = DEFAULT if hypergradient is None else hypergradient
-    # what goes back along the inner steps, or takes one more, knows -g_y alone
-    plain = response == "refine" or getattr(hypergradient, "keep", "nothing") != "nothing"
     return Method(
         f"bisls-{direction}",
-        hypergradient,
+        DEFAULT if hypergradient is None else hypergradient,
         SEARCHED_ADAM if direction == "adam" else Steepest(),
         Armijo(outer_step, "auto", slack, reset, growth, retain=RETAIN if follows else 0.0),
         Armijo(inner_step, INNER_C, reset=reset, growth=growth),
         response,
         inner_solver,
         corrects=inner_solver is None,
-        training=None if plain else (TRAINING_ADAM, Armijo(inner_step, TRAINING_C, reset=reset)),
+        training=(TRAINING_ADAM, Armijo(inner_step, TRAINING_C, reset=reset)),
     )
 
 

@@ -113,6 +113,8 @@ def test_which_are_trained():
     assert not are(draws=draws[:1] * 3)
     seen = start()[2].noise.add(0.5, 1)
     assert are(draws=draws[:1], noise=seen)
+    # nor is all of the data in another order
+    assert not are(noise=start()[2].noise.add(1e-5, 1))
     # what goes back along the steps, takes one more, or takes others
     assert not are("bisps") and not are("adam") and not are("sgd")
     assert not are(bilevel.bisls(hypergradient=bilevel.Unrolled()))

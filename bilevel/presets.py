@@ -25,8 +25,8 @@ DEFAULT = Implicit(ConjugateGradient(steps=150, rtol="auto"), average="auto")
 # what is best for one of them is too long for all data
 INNER_C = 0.8
 
-# The same for a y that is trained as networks are, see :func:`bilevel.inner.trains`: with it none of
-# five deep ones is far from the best; with less momentum, another share or no memory some are
+# The same for a y that is trained as networks are, see :func:`bilevel.inner.trains`: with it none
+# of five deep ones is far from the best; with less momentum, another share or no memory some are
 TRAINING_C = 0.7
 TRAINING_ADAM = Adam(descends=True)
 

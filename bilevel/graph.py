@@ -143,7 +143,7 @@ class Iterations:
         moments = Moments(first, second, old.n, old.w)
         d, moments = self.method.direction(h.grad, moments, old.lengths.share)
 
-        step = self._outer(oracle, x, inner, draws, h, self.method.heeded(d, h), old)
+        step = self._outer(oracle, here, draws, h, self.method.heeded(d, h), old)
         if step.follows:
             solver.counts.append(1)  # g_yx d
         judged = self._judged(oracle, here, draws, h, step, old)
@@ -198,7 +198,7 @@ class Iterations:
         x, y = point
 
         def step(t: Tensor, y: Tensor, tally: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            last, spoiled, _, trials, failures, gain = tally.unbind()
+            last, spoiled, _, trials, failures = tally.unbind()
             draw = draws.inner(t)
             value, gy = oracle.inner_gradient(x, y, draw)
 
@@ -206,14 +206,13 @@ class Iterations:
                 return oracle.value("inner", x, y - t.to(y.dtype) * gy, draw), 1
 
             found = move(self.method.inner_rule, value, -torch.dot(gy, gy), phi, old.k, last)
-            size, last, more, failed, *_, gained = found
+            size, last, more, failed, *_ = found
             value = value.double() + unsound(spoiled)  # from the first on that is not finite
-            sums = trials + more, failures + failed, gain + gained
-            tally = torch.stack([last, value, size, *sums])
+            tally = torch.stack([last, value, size, trials + more, failures + failed])
             return t + 1, y - size.to(y.dtype) * gy, tally
 
         nothing = torch.zeros((), dtype=torch.float64)
-        tally = torch.stack([old.inner_last, *[nothing] * 5])
+        tally = torch.stack([old.inner_last, *[nothing] * 4])
         carry = (torch.zeros((), dtype=torch.int64), y + 0, tally)
         if self.steps == 1:
             _, y, tally = step(*carry)
@@ -224,23 +223,21 @@ class Iterations:
     def _outer(
         self,
         oracle: Traced,
-        x: Tensor,
-        inner: _Inner,
+        point: tuple[Tensor, Tensor],
         draws: _Draws,
         h: Estimate,
         d: Tensor,
         old: Scalars,
     ) -> _Outer:
         """The outer step along d."""
-        y, last, (m, many) = inner.y, old.outer_last, draws.many
+        (x, y), last, (m, many) = point, old.outer_last, draws.many
         first = last.isnan()
         # copies: two views of one tensor may not enter the loop of a search together
         lengths = Lengths(*(length.clone() for length in old.lengths))
         kappa = 1.0 if self.alone else old.agreement.kappa(m)
         rise = lengths.allowed(kappa)
         most = ceiling(h.value) + rise
-        margin = (inner.gain.clamp_min(0) * (kappa > 0)).to(y.dtype) if self.still else 0.0
-        slope, apart, follow = self._course(h, d, first, margin)
+        slope, apart, follow = self._course(h, d, first)
         length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
         leap = lengths.leap(length, norm, last, kappa) * self.method.leaps
 
@@ -282,15 +279,13 @@ class Iterations:
             lengths=lengths,
         )
 
-    def _course(
-        self, h: Estimate, d: Tensor, first: Tensor, margin: Tensor | float
-    ) -> Course | tuple[Tensor, float, None]:
+    def _course(self, h: Estimate, d: Tensor, first: Tensor) -> Course | tuple[Tensor, float, None]:
         """The slope along d, how far two estimates of it are apart, and how y follows."""
         if not isinstance(self.method.outer_rule, Armijo):
             return torch.dot(h.grad, d), torch.nan, None
         if self.method.response == "frozen":
             return torch.dot(h.direct, d), torch.nan, None
-        return h.respond(d, first, margin)
+        return h.respond(d, first)
 
     def _judged(
         self,
@@ -456,7 +451,6 @@ class _Inner(NamedTuple):
     size: Tensor
     trials: Tensor
     failures: Tensor
-    gain: Tensor
 
 
 class _Outer(NamedTuple):

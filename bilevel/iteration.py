@@ -180,11 +180,11 @@ class Iteration:
         return Found(trials, line, move, point, leapt, state.moments if lost else moments, lost)
 
     def _margin(self, h: Estimate) -> float:
-        """By how much g may lose where y follows x: what the inner steps gained, if g is the same
-        in all of them, or of a network, which may have kinks; others gain by noise on batches.
+        """By how much g may lose where y follows x: what the inner steps gained, where g is that of
+        a network, which may have kinks; elsewhere steps that lose what the next gain lead nowhere.
         Nothing where nothing is known of other batches."""
-        gained = self.still or not has_solution(h)
-        return max(self.inner.gain, 0.0) if gained and self.kappa > 0 else 0.0
+        kinks = not has_solution(h) and self.kappa > 0
+        return max(self.inner.gain, 0.0) if kinks else 0.0
 
     def _is_lost(self, h: Estimate) -> bool:
         """Whether x is to stay for want of a hypergradient; of a g without noise."""

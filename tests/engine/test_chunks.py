@@ -136,25 +136,6 @@ def test_iterations_in_the_graph_equal_plain_ones(name, taken):
     assert_alike(fast, solve(method, False, steps=steps, **options), **apart)
 
 
-def test_what_g_may_lose_is_the_same_in_the_graph(taken):
-    """Where it takes no batch: as much as the inner steps have gained, which some trials need."""
-
-    def lasso(x, y):
-        return (A @ y - LABELS).square().mean() / 2 + 0.3 * (x.exp() * y.abs()).sum()
-
-    def fitted(x, y):
-        return (A @ y - 1.3 * LABELS).square().mean() + 0.01 * x.square().sum()
-
-    def run(compile):
-        options = {"steps": 7, "inner_steps": 3, "compile": compile}
-        return bilevel.solve(fitted, lasso, START, torch.full_like(START, 0.5), **options)
-
-    fast, plain = run(True), run(False)
-    assert sum(taken) >= 3
-    assert_alike(fast, plain)
-    assert plain.history[-1].outer_trials == 14  # 26 where it may lose nothing
-
-
 def test_where_x_waits_iterations_are_plain(taken):
     """Whatever trials are judged on: y comes from far, and f says nothing of F on its way."""
     scales = torch.logspace(0, -3, 8, dtype=torch.float64)

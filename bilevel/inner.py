@@ -22,8 +22,6 @@ from bilevel.state import State, Training
 if TYPE_CHECKING:
     from bilevel.method import Method
 
-SAME = 1e-3  # excess of curvature of one batch over another that is none
-
 
 @dataclass
 class Inner:
@@ -96,8 +94,9 @@ def trains(method: Method, oracle: Oracle, state: State, draws: Sequence[Draw]) 
     plain = method.response == "refine" or method.hypergradient.keep != "nothing"
     if method.training is None or method.fresh or plain or state.learned.concave <= CONCAVE:
         return False
-    noise = state.noise
-    return abs(noise.level) > SAME if noise.terms else len(oracle.distinct(draws)) > 1
+    if method.hypergradient.batches == "auto":  # looks whether there are others
+        return state.noise.terms > 0
+    return len(oracle.distinct(draws)) > 1
 
 
 def _train(method: Method, oracle: Oracle, state: State, draws: Sequence[Draw], out: Inner) -> None:

@@ -82,6 +82,11 @@ class Method:
         for name in ("outer_rule", "inner_rule"):
             rule = getattr(self, name)
             require.made_by("Method", name, rule, "searches", "a rule of steps", RULES)
+        if self.training is not None:
+            require.pair("Method", "training", self.training, "(Adam(), Armijo(c=0.7)), or None")
+            direction, rule = self.training
+            require.function("Method", "training", direction, "a function(g, moments, share)", 3)
+            require.made_by("Method", "training", rule, "searches", "a rule of steps", RULES)
         require.choice("Method", "response", self.response, get_args(Response))
         for name in ("averages", "corrects", "fresh"):
             require.flag("Method", name, getattr(self, name))

@@ -165,6 +165,11 @@ def instance(owner: str, name: str, value: Any, wanted: type, example: str) -> N
         raise _wrong_kind(owner, name, value, example)
 
 
+def pair(owner: str, name: str, value: Any, example: str) -> None:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise _wrong_kind(owner, name, value, f"a pair, such as {example}")
+
+
 def several(owner: str, name: str, value: Any) -> None:
     """A list or tuple of batches, of one at least."""
     if not isinstance(value, list | tuple):

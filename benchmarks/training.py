@@ -7,9 +7,8 @@ is no F to compare: what counts is f on all of its data, at the x and y that a r
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bilevel
-from benchmarks.problems import Shuffled, images_of
+from benchmarks.networks import squares
+from benchmarks.problems import Case, Shuffled, images_of, outcome
 from benchmarks.report import write
 from bilevel import ConjugateGradient, Implicit
 from tasks.data import load_text
@@ -28,24 +28,24 @@ STEPS = (1e-2, 1e-1, 1.0)
 CHANNELS = 8
 
 
-@dataclass
-class Deep:
-    """Arguments of ``bilevel.solve``, and the outer loss on all of its data."""
+def case(
+    outer: Callable[..., Tensor],
+    inner: Callable[..., Tensor],
+    decay: float,
+    point: tuple[Tensor, nn.Module],
+    data: dict[str, Any],
+    whole: tuple[Tensor, ...],
+) -> Case:
+    """With a penalty on y, and f on all of its data as what counts."""
 
-    outer: Callable[..., Tensor]
-    inner: Callable[..., Tensor]
-    x: Tensor
-    y: nn.Module
-    data: dict[str, Any]
-    whole: tuple[Tensor, ...]
+    def penalised(x: Tensor, y: nn.Module, batch: Any) -> Tensor:
+        return inner(x, y, batch) + decay * squares(dict(y.named_parameters()))
 
-    def end(self, x: Tensor, y: nn.Module) -> float:
+    def objective(x: Tensor, y: nn.Module) -> float:
         with torch.no_grad():
-            return float(self.outer(x, y, self.whole))
+            return float(outer(x, y, whole))
 
-
-def penalty(network: nn.Module) -> Tensor:
-    return torch.stack([p.square().sum() for p in network.parameters()]).sum()
+    return Case(outer, penalised, *point, objective, data, local=True)
 
 
 class Mixed(nn.Module):
@@ -65,9 +65,8 @@ class Mixed(nn.Module):
         self.operations = nn.ModuleList([nn.Identity(), *convolutions, *pools])
 
     def forward(self, z: Tensor, weights: Tensor) -> Tensor:
-        return torch.stack([w * op(z) for w, op in zip(weights, self.operations, strict=True)]).sum(
-            0
-        )
+        parts = [w * op(z) for w, op in zip(weights, self.operations, strict=True)]
+        return torch.stack(parts).sum(0)
 
 
 class Supernet(nn.Module):
@@ -85,7 +84,7 @@ class Supernet(nn.Module):
         return self.head(z.mean((2, 3)))
 
 
-def supernet(seed: int) -> Deep:
+def supernet(seed: int) -> Case:
     """The architecture of a network, five operations in each of three places; digits (DARTS)."""
     (images, labels), _ = images_of("digits")
     torch.manual_seed(seed)
@@ -95,14 +94,12 @@ def supernet(seed: int) -> Deep:
     def outer(x: Tensor, y: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(y(batch[0], x), batch[1])
 
-    def inner(x: Tensor, y: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return outer(x, y, batch) + 3e-4 * penalty(y)
-
     data = {"inner_data": Shuffled(*parts[0], size=64), "outer_data": Shuffled(*parts[1], size=64)}
-    return Deep(outer, inner, 1e-3 * torch.randn(3, 5), Supernet(), data, parts[1])
+    point = 1e-3 * torch.randn(3, 5), Supernet()
+    return case(outer, outer, 3e-4, point, data, parts[1])
 
 
-def weights(seed: int) -> Deep:
+def weights(seed: int) -> Case:
     """The weights of 1,500 digits of MNIST of which half are labelled at random; a LeNet."""
     (images, labels), (seen, right) = images_of("mnist")
     torch.manual_seed(seed)
@@ -120,14 +117,14 @@ def weights(seed: int) -> Deep:
 
     def inner(x: Tensor, y: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         losses = F.cross_entropy(y(batch[0]), batch[1], reduction="none")
-        return (x[batch[2]].sigmoid() * losses).mean() + 1e-4 * penalty(y)
+        return (x[batch[2]].sigmoid() * losses).mean()
 
     validation = seen[:500], right[:500]
     data = {
         "inner_data": Shuffled(images, labels, torch.arange(1500), size=64),
         "outer_data": Shuffled(*validation, size=128),
     }
-    return Deep(outer, inner, torch.zeros(1500), network, data, validation)
+    return case(outer, inner, 1e-4, (torch.zeros(1500), network), data, validation)
 
 
 class Recurrent(nn.Module):
@@ -143,7 +140,7 @@ class Recurrent(nn.Module):
         return self.head(self.recurrence(self.embedding(text))[0])
 
 
-def domains(seed: int, length: int = 24) -> Deep:
+def domains(seed: int, length: int = 24) -> Case:
     """Weights of four sources of text: as it is, backwards, out of order, random; a GRU."""
     text = load_text()
     characters = len(text.vocabulary)
@@ -166,17 +163,18 @@ def domains(seed: int, length: int = 24) -> Deep:
 
     def inner(x: Tensor, y: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         mixture = 4 * x.softmax(0)[batch[1]]
-        return (mixture * losses(y, batch[0])).mean() + 1e-5 * penalty(y)
+        return (mixture * losses(y, batch[0])).mean()
 
     validation = lines[2400:3200]
     data = {
         "inner_data": Shuffled(torch.cat(sources), torch.arange(4).repeat_interleave(800), size=64),
         "outer_data": Shuffled(validation, size=64),
     }
-    return Deep(outer, inner, torch.zeros(4), Recurrent(characters), data, (validation,))
+    point = torch.zeros(4), Recurrent(characters)
+    return case(outer, inner, 1e-5, point, data, (validation,))
 
 
-PROBLEMS: dict[str, Callable[[int], Deep]] = {
+PROBLEMS: dict[str, Callable[[int], Case]] = {
     "supernet": supernet,
     "weights of examples": weights,
     "domains of text": domains,
@@ -207,24 +205,9 @@ def main(argv: list[str]) -> None:
     for problem in options.problems:
         for name, method in methods():
             for seed in range(options.seeds):
-                rows.append({"problem": problem, "method": name, "seed": seed})
-                rows[-1].update(run(PROBLEMS[problem](seed), method, options.steps, seed))
+                found = outcome(PROBLEMS[problem](seed), method, options.steps, 10, seed)
+                costs = {key: found[key] for key in ("gradients", "products", "seconds")}
+                names = {"problem": problem, "method": name, "seed": seed}
+                rows.append({**names, "f": found["objective"], **costs})
                 print(rows[-1], flush=True)
     write("training", rows)
-
-
-def run(deep: Deep, method: bilevel.Method, steps: int, seed: int) -> dict[str, float]:
-    """f at the end, and what it has cost."""
-    begun = time.perf_counter()
-    result = bilevel.solve(
-        *(deep.outer, deep.inner, deep.x, deep.y),
-        **{"method": method, "steps": steps, "seed": seed, "progress": False},
-        **deep.data,
-    )
-    last = result.history[-1]
-    return {
-        "f": deep.end(result.x, result.y),
-        "gradients": last.gradients,
-        "products": last.hessian_products,
-        "seconds": time.perf_counter() - begun,
-    }

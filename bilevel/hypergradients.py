@@ -226,9 +226,7 @@ class Implicit:
 
         fyq, lag = torch.dot(fy, q), torch.dot(q, pull.gradient)
 
-        def respond(
-            d: Tensor, first: bool | Tensor = False, margin: float | Tensor = 0.0
-        ) -> Course:
+        def respond(d: Tensor, first: bool | Tensor = False, margin: float = 0.0) -> Course:
             c = -pull.forward(d)
             w, now = watched(self.solver, product, c, None, known[-1])
             known.append(now)
@@ -431,9 +429,7 @@ class Unrolled:
             grad = grad - size * gxy
             adjoint = adjoint - size * gyy
 
-        def respond(
-            d: Tensor, first: bool | Tensor = False, margin: float | Tensor = 0.0
-        ) -> Course:
+        def respond(d: Tensor, first: bool | Tensor = False, margin: float = 0.0) -> Course:
             del first, margin  # the steps themselves are taken at x(t)
 
             def replay(t: float | Tensor, xt: Tensor) -> Followed:

@@ -75,11 +75,12 @@ def _descend(
             value, gy = graph.value, graph.gradient
         else:
             value, gy = oracle.inner_gradient(x, y, draw)
-        line = Line(value, -torch.dot(gy, gy), partial(_along, oracle, x, y, -gy, draw))
+        d = -gy
+        line = Line(value, torch.dot(gy, d), partial(_along, oracle, x, y, d, draw))
         move = method.inner_rule(line, state.k, out.last)
         if kept:
             out.path.append(InnerStep(y, draw, move.size, graph))
-        y = y - move.size * gy
+        y = y + move.size * d
         out.last = move.last
         out.took(value, move)
     out.y = y

@@ -1,15 +1,12 @@
 """The benchmarks of speed run, in the small."""
 
 import json
-import math
 
 import pytest
 import torch
 from torch import nn
 
-import bilevel
-from benchmarks import growth, hypergradients, memory, peers, reuse, small, training
-from tasks.errors import MissingData
+from benchmarks import growth, hypergradients, memory, peers, reuse, small
 
 
 def rows(path):
@@ -72,31 +69,3 @@ def test_reuse(monkeypatch, tmp_path):
     found = rows(next(tmp_path.rglob("reuse-cpu.json")))
     assert [row["pays"] for row in found] == ["False", "False"]  # far too small
     assert all(row["times faster"] > 0 for row in found)
-
-
-def test_training(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "RATES", (1e-2,))
-    monkeypatch.setattr(training, "STEPS", (1e-1,))
-    training.main(["--problems", "supernet", "--steps", "2", "--seeds", "1"])
-    found = {row["method"]: row for row in rows(next(tmp_path.rglob("training.json")))}
-    # the second iteration is the first in which g is known not to be convex
-    assert found["bisls-adam"]["f"] != found["gradient steps"]["f"]
-    assert 0 < found["adam 0.1, y 0.01"]["f"] < 2.5
-
-
-@pytest.mark.parametrize("problem", training.PROBLEMS)
-def test_networks_that_are_trained(problem):
-    """The loss of guessing at first; second derivatives everywhere."""
-    try:
-        deep = training.PROBLEMS[problem](0)
-    except MissingData as error:
-        pytest.skip(str(error))
-    classes = {"domains of text": 65}.get(problem, 10)
-    assert deep.end(deep.x, deep.y) == pytest.approx(math.log(classes), rel=0.1)
-    method = bilevel.fixed("adam", hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(2)))
-    result = bilevel.solve(
-        *(deep.outer, deep.inner, deep.x, deep.y), method=method, steps=1, progress=False,
-        **deep.data,
-    )  # fmt: skip
-    assert result.history[0].failure is None and result.history[0].hypergrad_norm > 0

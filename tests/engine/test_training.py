@@ -43,11 +43,8 @@ def start(method="bisls-adam", **changes):
     state = method.init(x, y)
     known = state.learned._replace(concave=0.3)
     oracle = make_oracle(Problem(outer, inner), *state.layouts)
-    return (
-        method,
-        oracle,
-        replace(state, k=1, **{"learned": known, "noise": state.noise.add(0.5, 1), **changes}),
-    )
+    known = {"learned": known, "noise": state.noise.add(0.5, 1)}
+    return method, oracle, replace(state, k=1, **{**known, **changes})
 
 
 def test_inner_steps_are_those_of_adam_with_a_search():
@@ -77,16 +74,11 @@ def test_inner_steps_are_those_of_adam_with_a_search():
         level = (0.9 * weight * level + float(value)) / (0.9 * weight + 1)
         weight = 0.9 * weight + 1
         with torch.no_grad():
-
-            def enough(size, c=TRAINING_C, y=y, d=d, g=g, level=level, value=value, batch=batch):
-                most = max(float(value), level) + c * size * float(g @ d)
-                return float(inner(x, y + size * d, batch)) <= most
-
             if last is None:  # the first search is over a grid, and tested with the rules
-                size = _first(oracle, x, y, d, g, value, batch)
+                size = _first(x, y, d, g, value, batch)
             else:
-                size = 1.2 * last
-                while not enough(size):
+                size, most = 1.2 * last, max(float(value), level)
+                while inner(x, y + size * d, batch) > most + TRAINING_C * size * (g @ d):
                     size /= 2
             y = y + size * d
             higher += float(inner(x, y, batch)) > float(value)
@@ -99,8 +91,8 @@ def test_inner_steps_are_those_of_adam_with_a_search():
     assert higher > 0  # else the mean was of no use
 
 
-def _first(oracle, x, y, d, g, value, batch):
-    line = Line(value.detach(), g @ d, lambda s: inner(x, y + s * d, batch))
+def _first(x, y, d, g, value, batch):
+    line = Line(value, g @ d, lambda s: inner(x, y + s * d, batch))
     return Armijo(1.0, TRAINING_C)(line, 1, None).size
 
 

@@ -34,7 +34,7 @@ from bilevel.state import State, Training
 if TYPE_CHECKING:
     from bilevel.method import Method
 
-VERSION = 9
+VERSION = 10
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Course, Estimate, Followed, Implicit
-from bilevel.lag import is_behind, is_flattered
+from bilevel.lag import is_behind, is_exact, is_flattered
 from bilevel.layout import rebuild
 from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
@@ -141,7 +141,8 @@ class Iterations:
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         moments = Moments(first, second, old.n, old.w)
-        d, moments = self.method.direction(h.grad, moments, old.lengths.share)
+        beta1 = old.lengths.memory(old.exact)
+        d, moments = self.method.direction(h.grad, moments, beta1)
 
         step = self._outer(oracle, here, draws, h, self.method.heeded(d, h), old)
         if step.follows:
@@ -321,8 +322,8 @@ class Iterations:
     ) -> _Nearer:
         """y nearer to its solution, where it lags behind."""
         flattered = torch.zeros_like(finite)
-        if not self.method.corrects or self.method.fresh:
-            return _Nearer(step.y, flattered, 0)
+        if not self.method.follows:
+            return _Nearer(step.y, flattered, flattered, 0)
         assert h.lag is not None and there is not None
         lag = h.lag.double(), there.double(), step.size * step.slope.double().abs()
         if not self.still:
@@ -333,7 +334,7 @@ class Iterations:
         )
         solver.counts.append(products)
         solver.concave.append(concave)
-        return _Nearer(y, flattered, looks)
+        return _Nearer(y, behind, flattered, looks)
 
     def _average(
         self,
@@ -388,6 +389,10 @@ class Iterations:
         """After it; where numbers are not finite, those before."""
         step, (noise, agreement, _), average = taken.step, taken.judged, taken.average
         halvings = old.learned.judge(step.apart).halvings if self.still else old.halvings
+        exact = old.exact
+        if self.still and self.alone and self.method.follows:
+            seen = is_exact(taken.h.residual, halvings, taken.nearer.behind)
+            exact = torch.where(seen, old.exact + 1, 0.0)
         new = old._replace(
             outer_last=step.last,
             inner_last=taken.inner.last,
@@ -402,6 +407,7 @@ class Iterations:
             slopes=agreement.terms,
             concave=taken.solver.concave[-1].double(),
             halvings=halvings,
+            exact=exact,
             **step.lengths._asdict(),
         ).where(taken.looked.finite, old)
         failed = taken.looked.finite & step.failed
@@ -486,9 +492,11 @@ class _Judged(NamedTuple):
 
 
 class _Nearer(NamedTuple):
-    """y after the correction, whether f was flattered, and the evaluations."""
+    """y after the correction, whether it was behind before and f flattered, and the
+    evaluations."""
 
     y: Tensor
+    behind: Tensor
     flattered: Tensor
     evaluations: Any
 

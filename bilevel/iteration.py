@@ -25,6 +25,7 @@ from bilevel.lag import (
     corrected,
     has_solution,
     is_behind,
+    is_exact,
     is_flattered,
     is_lost,
 )
@@ -64,6 +65,7 @@ class Found(NamedTuple):
         leapt: the move, if it is a leap over a kink; False where one was refused, None where none
             was tried.
         moments: of the direction.   lost: see :func:`bilevel.lag.is_lost`.
+        behind: whether y was found to lag behind there, see :func:`bilevel.lag.is_behind`.
     """
 
     trials: Trials
@@ -73,6 +75,7 @@ class Found(NamedTuple):
     leapt: Move | Literal[False] | None
     moments: Moments
     lost: bool
+    behind: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Iteration:
         way than a step like the last one gains."""
         state, last = self.state, self.state.outer_last
         for _ in range(0 if last is None else WAITS):
-            d, _ = self.method.direction(h.grad, state.moments, state.lengths.share)
+            d, _ = self._direction(h)
             gain = (last or 0.0) * torch.dot(h.grad, d).abs()
             if not (has_solution(h) and bool(is_behind(h.lag, h.lag, gain))):
                 break
@@ -149,7 +152,7 @@ class Iteration:
         """How far along which direction."""
         method, oracle, state, batches = self.method, self.oracle, self.state, self.batches
         x = state.vectors[0]
-        d, moments = method.direction(h.grad, state.moments, state.lengths.share)
+        d, moments = self._direction(h)
         lost = self._is_lost(h)
         searches = self.searches and not lost
         d = d if searches else method.heeded(d, h)
@@ -178,6 +181,11 @@ class Iteration:
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
         return Found(trials, line, move, point, leapt, state.moments if lost else moments, lost)
+
+    def _direction(self, h: Estimate) -> tuple[Tensor, Moments]:
+        state = self.state
+        beta1 = state.lengths.memory(state.learned.exact)
+        return self.method.direction(h.grad, state.moments, beta1)
 
     def _margin(self, h: Estimate) -> float:
         """By how much g may lose where y follows x: what the inner steps gained, where g is that of
@@ -215,7 +223,7 @@ class Iteration:
     def _flattered(self, found: Found, h: Estimate, n: Numbers) -> int:
         """Iterations in a row, with this one, in which f was too low for a y that lags, as noise
         may keep it, against which corrections do little."""
-        follows = self.method.corrects and not self.method.fresh
+        follows = self.method.follows
         if self.still or not follows or self.state.outer_last is None or not has_solution(h):
             return 0
         gain = float(found.move.size) * abs(n.slope)
@@ -238,14 +246,15 @@ class Iteration:
                 move = move._replace(last=float(move.size))
         gain = float(move.size) * abs(n.slope)
         behind = found.lost or waits or is_behind(n.here, n.there, gain)
-        if method.corrects and not method.fresh and behind and not move.failed:
+        if method.follows and behind and not move.failed:
             if waits or stays:
                 move = Move(0.0, state.outer_last, move.trials)
                 point = found.trials.x, found.trials.y
             y, learned = corrected(self.oracle, *point, h, self.draws[0])
             h.learned.append(learned)
             point = point[0], y
-        return found._replace(move=move, point=point, leapt=None if stays else found.leapt)
+        leapt = None if stays else found.leapt
+        return found._replace(move=move, point=point, leapt=leapt, behind=behind)
 
     def _settled(self, hessian: Draw, h: Estimate, x: Tensor, y: Tensor, lag: float) -> Tensor:
         """y near y*(x), for a look: nothing is kept of it."""
@@ -302,6 +311,9 @@ class Iteration:
             concave = learned.concave if self.batches.batched else learned.lately
             learned = learned.judge(math.inf if taken.lost else n.apart, concave)
             learned = learned._replace(unsolved=learned.unsolved + 1 if n.residual > 1 else 0)
+            exact = self.batches.alone and self.method.follows and has_solution(h)
+            exact = exact and is_exact(n.residual, learned.halvings, taken.behind)
+            learned = learned._replace(exact=learned.exact + 1 if exact else 0)
         return learned._replace(lately=0.0)
 
     def _record(self, move: Move, h: Estimate, n: Numbers, failure: str | None) -> Record:

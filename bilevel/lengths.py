@@ -12,6 +12,8 @@ from bilevel.rules import Line, Move
 SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
 BUDGET_KEPT = 0.95  # of what was gained, from one iteration to the next
 AFTER_LOSS, AFTER_REFUSAL = 0.95, 0.5  # shares of its length that a leap keeps
+EXACT = 8  # hypergradients of F itself in a row, after which long memory is of no harm
+LONG = 0.9  # memory then
 STRAIGHT = 0.1  # share by which g may be off where a leap leads: f is judged along y's tangent
 FARTHER = 2  # times as far as the last search, or it is no leap
 
@@ -33,7 +35,7 @@ class Lengths(NamedTuple):
     f may fall for ever.
 
     Without a kink steps shrink as well, where noise or a curved valley asks for it. The mean of the
-    gradients then is of more of them: see ``share`` and :class:`bilevel.rules.Adam`.
+    gradients then is of more of them, as it is where the valley is that of F: see :meth:`memory`.
 
     Attributes:
         latest: of the steps that searches found, in those units; a running mean, of which each new
@@ -59,6 +61,12 @@ class Lengths(NamedTuple):
         least = self.longest / SHRUNK
         late = where(self.latest > least, self.latest, least)
         return where(late > 0, late / (self.longest + (late <= 0)), 1.0)
+
+    def memory(self, exact: Any) -> Any:
+        """beta1 of a direction: 1 - share^(1/4) / 2, a half, and up to 0.79 as steps shrink to a
+        32nd; ``LONG`` where that many hypergradients in a row were ``exact``, see
+        :class:`bilevel.linear.Learned`. Along others momentum goes on where F has long risen."""
+        return where(exact >= EXACT, LONG, 1 - self.share**0.25 / 2)
 
     def allowed(self, kappa: Any) -> Any:
         """By how much f may rise; ``kappa``: see :class:`bilevel.noise.Agreement`."""

@@ -41,6 +41,7 @@ class Learned(NamedTuple):
         lately: as ``concave``, of the systems of one iteration.
         unsolved: iterations in a row that left q farther from solving its system than zero is.
         flattered: iterations in a row in which f was too low, see :func:`bilevel.lag.is_flattered`.
+        exact: iterations in a row with a hypergradient of F, see :func:`bilevel.lag.is_exact`.
     """
 
     concave: Concave = 0.0
@@ -48,6 +49,7 @@ class Learned(NamedTuple):
     lately: Concave = 0.0
     unsolved: int = 0
     flattered: int = 0
+    exact: Any = 0
 
     def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;

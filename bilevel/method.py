@@ -41,7 +41,7 @@ class Method:
 
     Attributes:
         name: for people.   hypergradient: see :class:`bilevel.hypergradients.Hypergradient`.
-        direction: (h, moments, share) -> the outer direction, shape of x, and new moments.
+        direction: (h, moments, beta1) -> the outer direction, shape of x, and new moments.
         outer_rule, inner_rule: how far steps go, see :class:`bilevel.rules.Rule`.
         training: direction and rule of the inner steps where y is trained as networks are, see
             :func:`bilevel.inner.trains`; None: as elsewhere.
@@ -78,14 +78,14 @@ class Method:
         require.made_by(
             "", "hypergradient", self.hypergradient, "estimate", "a hypergradient", HYPERGRADIENTS
         )
-        require.function("Method", "direction", self.direction, "a function(g, moments, share)", 3)
+        require.function("Method", "direction", self.direction, "a function(g, moments, beta1)", 3)
         for name in ("outer_rule", "inner_rule"):
             rule = getattr(self, name)
             require.made_by("Method", name, rule, "searches", "a rule of steps", RULES)
         if self.training is not None:
             require.pair("Method", "training", self.training, "(Adam(), Armijo(c=0.7)), or None")
             direction, rule = self.training
-            require.function("Method", "training", direction, "a function(g, moments, share)", 3)
+            require.function("Method", "training", direction, "a function(g, moments, beta1)", 3)
             require.made_by("Method", "training", rule, "searches", "a rule of steps", RULES)
         require.choice("Method", "response", self.response, get_args(Response))
         for name in ("averages", "corrects", "fresh"):
@@ -142,6 +142,11 @@ class Method:
         return outer_batch is None or (asked and not more)
 
     @property
+    def follows(self) -> bool:
+        """Whether y goes on from one iteration to the next, and a lag of it is seen."""
+        return self.corrects and not self.fresh
+
+    @property
     def leaps(self) -> bool:
         """Whether steps may go over kinks: searches that remember them do, upwards as well."""
         return isinstance(self.outer_rule, Armijo) and self.outer_rule.reset == "grow"
@@ -156,8 +161,7 @@ class Method:
     def may_wait(self, state: State) -> bool:
         """Whether x has not moved yet, and may stay for another iteration."""
         searches = self.outer_rule.searches(state.k, None)
-        waits = self.corrects and not self.fresh
-        return waits and searches and state.outer_last is None and state.k < WAITS
+        return self.follows and searches and state.outer_last is None and state.k < WAITS
 
     def may_leap(self, state: State) -> bool:
         """Whether a step may be over a kink: where those of late are short."""

@@ -246,7 +246,7 @@ class Moments(NamedTuple):
 class Steepest:
     """d = -g."""
 
-    def __call__(self, g: Tensor, moments: Moments, share: Any = 1.0) -> tuple[Tensor, Moments]:
+    def __call__(self, g: Tensor, moments: Moments, beta1: Any = 0.5) -> tuple[Tensor, Moments]:
         return -g, moments
 
 
@@ -258,8 +258,7 @@ class Adam:
 
     Args:
         beta1, beta2: of the moving averages of the gradient and of its square, in [0, 1). beta1 =
-            'auto': 1 - share^(1/4) / 2, where the steps of late are ``share`` times as long as the
-            longest: a half, and up to 0.79 as they shrink to a 32nd.
+            'auto': as :meth:`bilevel.lengths.Lengths.memory` says, from 0.5 to 0.9.
         eps: added to sqrt(v): as it is, or, if ``normalised``, times the largest entry of sqrt(v).
         normalised: average g / ||g||. A search finds the length of the step by itself; a few
             large early gradients would otherwise rule the averages for hundreds of iterations.
@@ -274,14 +273,14 @@ class Adam:
     normalised: bool = False
     descends: bool = False
 
-    def __call__(self, g: Tensor, moments: Moments, share: Any = 1.0) -> tuple[Tensor, Moments]:
+    def __call__(self, g: Tensor, moments: Moments, beta1: Any = 0.5) -> tuple[Tensor, Moments]:
         """The direction, and the averages with g in them.
 
         Args:
-            share: length of the steps of late over that of the longest, a number or a tensor, see
-                :class:`bilevel.lengths.Lengths`.
+            beta1: what 'auto' stands for, a number or a tensor.
         """
-        beta1 = 1 - share**0.25 / 2 if self.beta1 == "auto" else self.beta1
+        if self.beta1 != "auto":
+            beta1 = self.beta1
         if self.normalised:
             g = g / torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
         m = torch.zeros_like(g) if moments.m is None else moments.m

@@ -443,15 +443,14 @@ def test_adam_direction_does_not_depend_on_the_scale():
 
 
 @pytest.mark.parametrize("tensors", [False, True])
-def test_adam_remembers_longer_where_steps_have_shrunk(tensors):
-    """beta1 = 1/2, 3/4, 7/8 where they are 1, 1/16, 1/256 of the longest; the mean's weights sum to
-    one at any."""
+def test_adam_remembers_as_long_as_it_is_told(tensors):
+    """The mean's weights sum to one at any beta1."""
     rng = torch.Generator().manual_seed(3)
     gradients = torch.rand(4, 5, generator=rng, dtype=torch.float64) + 0.1  # momentum descends
-    shares, betas = (1.0, 1 / 16, 1 / 256, 1 / 16), (0.5, 0.75, 0.875, 0.75)
+    betas = (0.5, 0.75, 0.875, 0.75)
     moments, weights = Moments(), torch.zeros(4, dtype=torch.float64)
-    for i, (g, share, beta) in enumerate(zip(gradients, shares, betas, strict=True)):
-        d, moments = Adam("auto", 0.9, 1e-3)(g, moments, t(share) if tensors else share)
+    for i, (g, beta) in enumerate(zip(gradients, betas, strict=True)):
+        d, moments = Adam("auto", 0.9, 1e-3)(g, moments, t(beta) if tensors else beta)
         weights *= beta
         weights[i] = 1 - beta
         past = torch.arange(i, -1, -1, dtype=torch.float64)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import require
+from bilevel.attention import twice_differentiable
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import (
     HYPERGRADIENTS,
@@ -113,7 +113,7 @@ def hypergradient(
     oracle = make_oracle(Problem(outer, inner), *layouts)
     X, Y = Ranks(layouts[1].device).start(layouts, (layouts[0].flatten(x), layouts[1].flatten(y)))
     oracle.require_data(outer_batch, batches[0], "{}_batch", "{}_batch=batch")
-    with sdpa_kernel(SDPBackend.MATH):
+    with twice_differentiable():
         validated(oracle, X, Y, outer_batch, batches[0], "{}_batch")
         oracle.cost = Cost()
         found = _estimate(oracle, X, Y, outer_batch, batches, method)
@@ -246,7 +246,7 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     oracle.require_data(outer_batch, inner_batch, "{}_batch", "{}_batch=batch")
     devices = [X.device] if X.device.type == "cuda" else []
-    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=devices):
+    with twice_differentiable(), torch.random.fork_rng(devices=devices):
         validated(oracle, X, Y, outer_batch, inner_batch, "{}_batch")
         cpu: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         D = torch.randn(directions, X.numel(), generator=generator, **cpu)

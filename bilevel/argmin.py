@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import require
+from bilevel.attention import twice_differentiable
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import ConjugateGradient, Solver, watched
+from bilevel.linear import LOOSE, ConjugateGradient, Solver, is_conjugate, as_number, watched
 from bilevel.require import shown
 
 
@@ -39,6 +40,11 @@ def implicit(
     Raises:
         TypeError, ValueError: x or the argmin is no tree of floating tensors; an inner loss that
             is no scalar (in ``backward()``); what is no function or solver.
+        RuntimeError: it is differentiated forwards (``jacfwd``).
+
+    A system that is left with a relative residual above a tenth, or above one by a solver other
+    than conjugate gradients, is told by a ``RuntimeWarning``. Tensors that ``inner`` and ``argmin``
+    take from elsewhere, ``args`` among them, get no gradient.
 
     Example:
         >>> import torch, bilevel
@@ -95,6 +101,12 @@ def _checked(tree: Any, name: str) -> list[tuple[str, Tensor]]:
     if not found:
         raise ValueError(f"{name} = {shown(tree)} holds no tensor; give it one at least.")
     for path, leaf in found:
+        if isinstance(leaf, torch.nn.Module):
+            raise TypeError(
+                f"{path} is the Module {type(leaf).__name__}, but must be a tree of tensors; pass "
+                f"dict(module.named_parameters()), and call the Module in inner and argmin by "
+                f"torch.func.functional_call(module, {name}, ...)."
+            )
         if not isinstance(leaf, Tensor):
             wrong: Any = type(leaf).__name__
         elif leaf.layout != torch.strided:
@@ -138,9 +150,36 @@ class _Argmin(torch.autograd.Function):
             parts = vector.split(sizes)
             return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
+        with twice_differentiable():
             pullback = torch.func.vjp(ctx.gradient, xs, ys)[1]
-            q, _ = watched(
-                ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), flat(cotangents)
-            )
-            return None, None, None, *(-part for part in pullback(unflat(q))[0])
+            b = flat(cotangents)
+            q, _ = watched(ctx.solver, lambda u, j=0: flat(pullback(unflat(u))[1]), b)
+            gxy, gyy = pullback(unflat(q))
+            _tell_unsolved(ctx.solver, flat(gyy) - b, b)
+            return None, None, None, *(-part for part in gxy)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise require.told(
+            RuntimeError,
+            "implicit is differentiated backwards, from a loss of y* to x, not forwards along a "
+            "direction of x; use torch.func.jacrev instead of jacfwd, and jacrev(jacrev(...)) "
+            "instead of hessian.",
+        )
+
+
+def _tell_unsolved(solver: Solver, missed: Tensor, b: Tensor) -> None:
+    """Warn where the gradient is of a system that was not solved; not under vmap or compile."""
+    error, size = (as_number(torch.linalg.vector_norm(v.detach())) for v in (missed, b))
+    if error is None or size is None:
+        return
+    most = LOOSE if is_conjugate(solver) else 1.0  # where zero were nearer to a solution
+    if error > most * size:
+        warnings.warn(
+            f"the linear system in the backward pass of implicit was left with a relative residual "
+            f"of {error / size:.2g} by {shown(solver)}, so that the gradient may be far off. Is "
+            f"argmin(x) where inner has its minimum? If it is, allow more products, such as "
+            f"solver=bilevel.ConjugateGradient(steps=300), or add a small penalty on y to inner.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

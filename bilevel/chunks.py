@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel.attention import twice_differentiable
 from bilevel.distributed import Ranks
 from bilevel.drawn import Batches
 from bilevel.host import failure as why
@@ -236,7 +236,7 @@ class Chunks:
         counts = torch.tensor(drawn.iterations), tuple(map(torch.tensor, joined.many))
         stored = ready.room.stacks, ready.room.places
         try:
-            with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), warnings.catch_warnings():
+            with twice_differentiable(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's, of its own parts
                 return ready.graph(*counts, *self.ends, self.start, *stored, scalars, given)
         except Exception as error:

@@ -8,6 +8,7 @@ from itertools import combinations, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from bilevel.randomness import all_generators, restore_generators
@@ -47,6 +48,12 @@ class Cycle:
             raise TypeError(
                 f"{name} is a {type(data).__name__}, which is one batch rather than a series of "
                 f"batches; pass [batch], or a DataLoader."
+            )
+        if _is_batch(data):
+            raise TypeError(
+                f"{name} is a {type(data).__name__} of {len(data)} tensors with as many rows each, "
+                f"such as (inputs, labels), which is one batch rather than a series of batches; "
+                f"pass [(inputs, labels)], or a DataLoader."
             )
         if isinstance(data, Iterator):
             raise TypeError(
@@ -217,11 +224,12 @@ class Cycle:
 
     def _state(self) -> dict[str, Any]:
         if self._listed:
-            return {"position": self._position}
+            return {"position": self._position, "length": self.length}
         if hasattr(self.data, "load_state_dict"):
             return {"data": self.data.state_dict(), "position": self._position}
         return {
             "position": self._position,
+            "length": self.length,
             "passes": self._passes,
             "start": self._start,
             "now": self._generators(),
@@ -230,6 +238,18 @@ class Cycle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the global generators are left as they are."""
         present = all_generators(CPU)
+        now = self._state()
+        if set(state) - {"ahead"} != set(now):
+            raise ValueError(
+                f"{self.name} is a {type(self.data).__name__}, but the checkpoint was written with "
+                f"data that keeps its position otherwise (a list, a DataLoader and data with a "
+                f"state_dict differ); resume with the data of the interrupted run."
+            )
+        if state.get("length") != now.get("length"):
+            raise ValueError(
+                f"{self.name} has {now['length']} batches, but had {state['length']} when the "
+                f"checkpoint was written; resume with the data of the interrupted run."
+            )
         self._ahead.clear()
         self._go(state)
         for count, now in enumerate(state.get("ahead", []), 1):
@@ -266,6 +286,14 @@ class Cycle:
             f"{self.name} ended after {found} batches, but the checkpoint was written after "
             f"{saved}; resume with the data of the interrupted run."
         )
+
+
+def _is_batch(data: Any) -> bool:
+    """Whether it is (inputs, labels) rather than a list of batches that are a tensor each."""
+    if type(data) not in (list, tuple) or not all(isinstance(part, Tensor) for part in data):
+        return False
+    rows = {part.size(0) if part.dim() else None for part in data}
+    return len(rows) == 1 and rows != {None} and len({(p.dim(), p.dtype) for p in data}) > 1
 
 
 def refuse_shared(cycles: Iterable[Cycle]) -> None:

@@ -251,13 +251,16 @@ class AveragedOracle(Oracle):
 
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw
-    ) -> tuple[Tensor, tuple[bool, bool]]:
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         def call() -> list[Tensor]:
-            value, enters = self._local.dependence(level, x, y, draw)
-            return [value, *(torch.full_like(value, float(e)) for e in enters)]
+            value, gradients = self._local.dependence(level, x, y, draw)
+            pairs = zip(gradients, (x, y), strict=True)
+            found = [torch.zeros_like(like) if g is None else g for g, like in pairs]
+            enters = [torch.full_like(value, float(g is not None)) for g in gradients]
+            return [*found, value, *enters]
 
-        value, *enters = self.ranks.mean(call, [self._scalar(y)] * 3)
-        return value, (bool(enters[0] > 0), bool(enters[1] > 0))
+        gx, gy, value, *enters = self.ranks.mean(call, [x, y, *[self._scalar(y)] * 3])
+        return value, (gx if enters[0] > 0 else None, gy if enters[1] > 0 else None)
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         def call() -> tuple[Tensor, ...]:

@@ -169,7 +169,7 @@ def _norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
 
 
-def _seen(number: Tensor) -> float | None:
+def as_number(number: Tensor) -> float | None:
     """It, as the host sees it: None under compile and vmap."""
     if torch.compiler.is_compiling():
         return None
@@ -330,7 +330,7 @@ class ConjugateGradient:
         if learned.concave <= CONCAVE:
             q, found = self._steps(product, b, q0, learned)
             if isinstance(found, Tensor):
-                number = None if found.requires_grad else _seen(found)
+                number = None if found.requires_grad else as_number(found)
                 if number is None:
                     return q, found
                 found = number
@@ -347,7 +347,7 @@ class ConjugateGradient:
     ) -> tuple[Tensor, Concave]:
         enough, state = self.begin(product, b, q0, self.enough(learned.halvings))
         on_host = b.device.type == "cpu" and not enough.requires_grad
-        number = _seen(enough) if on_host else None
+        number = as_number(enough) if on_host else None
         if number is not None:
             found = self._on_host(product, number, state)
             if found is not None:
@@ -355,7 +355,7 @@ class ConjugateGradient:
                 return q, -low / top if top > 0 else 0.0
         for i in range(self.steps):
             # a look at the host stops early; on a GPU it would stall the queue at every step
-            if i % 5 == 4 and _seen(state[4]) == 0:
+            if i % 5 == 4 and as_number(state[4]) == 0:
                 break
             state = self.advance(product, enough, state)
         return state[0], seen(0.0, *state[5:])

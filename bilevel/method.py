@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import require
+from bilevel.attention import twice_differentiable
 from bilevel.hypergradients import HYPERGRADIENTS, Estimate, Hypergradient
 from bilevel.iteration import iterate
 from bilevel.lag import WAITS
@@ -234,7 +234,7 @@ class Method:
         oracle.require_data(outer_batch, inner_batches[0], "{}_batch", "a batch")
         oracle.cost = replace(state.cost)
         given = outer_batch, inner_batches, hessian_batches, more_outer_batches
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention that is twice differentiable
+        with twice_differentiable():
             state, record = iterate(self, oracle, state, given)
         seconds = state.seconds + time.perf_counter() - start
         return replace(state, seconds=seconds), replace(record, seconds=seconds)

@@ -307,17 +307,17 @@ class Oracle:
 
     def dependence(
         self, level: str, x: Tensor, y: Tensor, draw: Draw
-    ) -> tuple[Tensor, tuple[bool, bool]]:
-        """The loss, and whether x and y enter it. Costs a gradient."""
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+        """The loss and its gradients, None in what does not enter it."""
         self.cost.gradients += draw.count
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             with self.bound(x, y):
                 value = self._loss(level, x, y, draw)
                 if not value.requires_grad:
-                    return value, (False, False)
+                    return value, (None, None)
                 gx, gy = torch.autograd.grad(value, (x, y), allow_unused=True)
-        return value.detach(), (gx is not None, gy is not None)
+        return value.detach(), (gx, gy)
 
     def outer_gradients(self, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """f, f_x, f_y."""

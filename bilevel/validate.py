@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bilevel.layout import Layout
+from bilevel.layout import Layout, leaves
 from bilevel.linear import everywhere
 from bilevel.problem import Draw, Oracle
 from bilevel.require import is_told, shown
@@ -27,6 +27,8 @@ APART = 8  # times as far from x and y as the difference is long: off the kinks 
 
 def describe(value: Any) -> str:
     """A batch in words: ``(Tensor(64, 784) float32, Tensor(64) int64)``."""
+    if isinstance(value, Tensor) and value.is_nested:  # which may not tell its shape
+        return f"nested Tensor of {value.size(0)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Tensor):
         where = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{where}"
@@ -74,24 +76,26 @@ def _refuse_statistics(
     oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, given: Sequence[str]
 ) -> None:
     """Buffers that a loss changes would change at every trial of a line search."""
-    held = {
-        f"{layout.name}.{name}": buffer
+    held = [
+        (f"{layout.name}.{path}{'.' * bool(path)}{name}", module, name, buffer, buffer.clone())
         for layout in (oracle.x, oracle.y)
         if layout.module is not None
-        for name, buffer in layout.module.named_buffers()
-    }
+        for path, module in layout.module.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     if not held:
         return
-    before = {name: buffer.clone() for name, buffer in held.items()}
     changed = []
     try:
         _enriched(f"the {level} loss", given, lambda: oracle.value(level, x, y, draw))
     finally:
         with torch.no_grad():
-            for name, buffer in held.items():
-                if not _same(buffer, before[name]):
-                    changed.append(name)
-                    buffer.copy_(before[name])
+            for said, module, name, buffer, before in held:
+                other = getattr(module, name) is not buffer
+                if other or not _same(buffer, before):
+                    changed.append(said)
+                    buffer.copy_(before)
+                    setattr(module, name, buffer)
     if changed:
         raise ValueError(
             f"the {level} loss changes the buffers {', '.join(changed)} (running statistics of a "
@@ -101,19 +105,19 @@ def _refuse_statistics(
         )
 
 
-def _compare_values(
-    oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, known: Tensor
+def _compare(
+    oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw, known: tuple[Tensor, Tensor]
 ) -> None:
     """See that searches compare values of the very loss that gradients belong to, which is
-    ``known`` where both x and y require them."""
+    ``known``, with its gradient in y, where both x and y require one: at y = 0 the loss may show
+    nothing of its random numbers, but its gradient does."""
 
     def differ() -> bool:
-        values = [oracle.value(level, x, y, draw)]
-        if level == "inner":
-            values.append(oracle.inner_gradient(x, y, draw)[0])
-        most = torch.finfo(known.dtype).eps ** 0.5 * known.abs().clamp_min(SMALL)
-        apart = torch.stack(values) - known
-        return bool((apart.isfinite() & (apart.abs() > most)).any())
+        value, gy = known
+        gradients = oracle.outer_gradients if level == "outer" else oracle.inner_gradient
+        again, *_, other = gradients(x, y, draw)
+        values = (again, oracle.value(level, x, y, draw))
+        return _apart(other, gy) or any(_apart(number, value) for number in values)
 
     if differ():  # it may ask what requires gradients; then it is to be asked so every time
         oracle.problem.habit.recorded = True
@@ -122,8 +126,35 @@ def _compare_values(
                 f"the {level} loss differs from one evaluation to the next, of the same x, y and "
                 f"batch, so that no two trials of a step can be compared; draw its random numbers "
                 f"from torch's global generators, whose state is replayed, not from random, NumPy "
-                f"or a torch.Generator of its own."
+                f"or a torch.Generator of its own; and let it change nothing that it is given or "
+                f"remembers."
             )
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two numbers, or vectors, differ by more than rounding."""
+    most = torch.finfo(b.dtype).eps ** 0.5 * torch.linalg.vector_norm(b).clamp_min(SMALL)
+    apart = torch.linalg.vector_norm(a - b)
+    return bool(apart.isfinite() & (apart > most))
+
+
+def _versions(batch: Any) -> list[tuple[str, Tensor, int]]:
+    """The tensors of a batch, each with how often it has been changed in place."""
+    tensors = [(path, leaf) for path, leaf in leaves(batch, "batch") if isinstance(leaf, Tensor)]
+    # those of torch.inference_mode() do not count
+    return [(path, leaf, leaf._version) for path, leaf in tensors if not leaf.is_inference()]
+
+
+def _refuse_changes(level: str, before: list[tuple[str, Tensor, int]]) -> None:
+    """A loss that changes its batch in place finds another one at every trial, and so does its
+    owner."""
+    changed = [path for path, leaf, version in before if leaf._version != version]
+    if changed:
+        raise ValueError(
+            f"the {level} loss changes {', '.join(changed)} in place, which is the data itself, so "
+            f"that each evaluation sees another one (it has been changed by now: load it anew); "
+            f"write batch = batch / 255 instead of batch /= 255 or batch.div_(255), say."
+        )
 
 
 def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> tuple[str, float] | None:
@@ -235,16 +266,18 @@ def validated(
         if batch is None:
             said = f"no batch, since {given.format(level)} is None"
         called = [_variable(oracle.x), _variable(oracle.y), said]
+        before = _versions(batch)
         _refuse_statistics(oracle, level, x, y, draw, called)
         look = partial(oracle.dependence, level, x, y, draw)
-        value, depends = _enriched(f"the {level} loss", called, look)
+        value, gradients = _enriched(f"the {level} loss", called, look)
+        _refuse_changes(level, before)
         if not torch.isfinite(value):
             raise NotFinite(
                 f"the {level} loss is {float(value)} at the start; choose a start (or a batch) "
                 f"where it is finite."
             )
-        for name, enters in zip("xy", depends, strict=True):
-            if not enters and not (level == "outer" and name == "x"):
+        for name, gradient in zip("xy", gradients, strict=True):
+            if gradient is None and not (level == "outer" and name == "x"):
                 raise ValueError(
                     f"the {level} loss does not depend on {name}"
                     + (
@@ -256,7 +289,8 @@ def validated(
                     f"an argument that {level}(x, y) does not use."
                 )
         if searches:
-            _compare_values(oracle, level, x, y, draw, value)
+            assert gradients[1] is not None
+            _compare(oracle, level, x, y, draw, (value, gradients[1]))
             _tell_hidden(oracle, level, x, y, draw)
     return x
 

@@ -533,3 +533,95 @@ def test_an_exception_in_the_first_iteration_is_raised():
 
     with pytest.raises(Explosive, match="second"):
         solve(outer=outer)
+
+
+class Running(nn.Module):
+    """With a mean that is another tensor after each call, not the same one changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(Y.clone())
+        self.inside = nn.Module()
+        self.inside.register_buffer("mean", torch.zeros(()))
+
+    def forward(self):
+        self.inside.mean = 0.9 * self.inside.mean + 0.1 * (self.weight.detach().mean() + 1)
+        return self.weight
+
+
+def test_a_buffer_that_is_assigned_anew():
+    y = Running()
+    mean = y.inside.mean
+    with pytest.raises(ValueError, match="inner loss changes the buffers y.inside.mean"):
+        solve(inner=lambda x, y: g(x, y()), outer=lambda x, y: f(x, y.weight), y=y)
+    assert y.inside.mean is mean and mean == 0
+
+
+# -- losses that are not the same twice ----------------------------------------------------------
+
+ZERO = torch.zeros(2, dtype=torch.float64)
+MATRIX = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("level", ["outer", "inner"])
+@pytest.mark.parametrize("y", [ZERO, Y], ids=["zeros", "others"])
+def test_random_numbers_of_another_library(level, y):
+    """At y = 0 the loss does not show them, but its gradient does."""
+    rng = np.random.default_rng(0)
+
+    def noisy(x, y):
+        features = MATRIX + torch.from_numpy(rng.normal(size=(3, 2)))
+        return (features @ y - 1).square().mean() + (x.exp() * y**2).sum()
+
+    losses = {"outer": f, "inner": lambda x, y: g(x, y) + x.sum() ** 2} | {level: noisy}
+    with pytest.raises(ValueError, match=f"the {level} loss differs from one evaluation.*NumPy"):
+        solve(**losses, y=y)
+
+
+@pytest.mark.parametrize("level", ["outer", "inner"])
+@pytest.mark.parametrize("change", [lambda b: b.div_(255.0), lambda b: b.sub_(5).div_(3)])
+def test_a_batch_that_a_loss_changes(level, change):
+    """What a method of fixed steps would not notice either."""
+    batch = {"features": MATRIX.clone(), "rows": [torch.arange(3.0).double()]}
+
+    def changing(x, y, b):
+        return (change(b["features"]) @ y - b["rows"][0]).square().mean() + (x.exp() * y**2).sum()
+
+    def fixed(x, y, b):
+        return (b["features"] @ y - 1).square().mean() + (x.exp() * y**2).sum()
+
+    losses = {"outer": fixed, "inner": fixed} | {level: changing}
+    data = {f"{name}_data": [batch] for name in losses}
+    for method in ("bisls-adam", "sgd"):
+        words = rf"the {level} loss changes batch\['features'\] in place.*load it anew.*batch / 255"
+        with pytest.raises(ValueError, match=words):
+            solve(**losses, **data, y=ZERO, method=method)
+    with torch.inference_mode():  # such tensors do not count their changes
+        held = MATRIX.clone()
+    assert len(solve(fb, gb, outer_data=[held], inner_data=[held]).history) == 3
+
+
+def test_inputs_and_labels_are_one_batch():
+    inputs, labels, more = torch.ones(6, 2), torch.ones(6), torch.ones(6, dtype=torch.long)
+    for data in ((inputs, labels), [inputs, labels], (labels, more), [inputs, labels, more]):
+        with pytest.raises(TypeError, match=r"tensors with as many rows.*pass \[\(inputs, labels"):
+            solve(fb, gb, outer_data=data, inner_data=data)
+    ragged = [torch.ones(6, 2), torch.ones(6, 3), torch.ones(4, 3)]  # of texts, say
+    for data in (ragged, (t([1.0]), t([2.0])), [torch.tensor(1.0), torch.tensor(2.0)], [inputs]):
+        data = type(data)(part.double() for part in data)
+        assert len(solve(fb, gb, outer_data=data, inner_data=data).history) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_batches():
+    parts = [torch.ones(2, 2).double(), torch.ones(3, 2).double()]
+
+    def mean(batch):
+        return torch.stack([part.mean() for part in batch.unbind()]).mean()
+
+    for layout in (torch.strided, torch.jagged):
+        data = [torch.nested.nested_tensor(parts, layout=layout)]
+        losses = (lambda x, y, b: f(x, y) * mean(b)), (lambda x, y, b: g(x, y) * mean(b))
+        assert len(solve(*losses, outer_data=data, inner_data=data).history) == 3
+        with pytest.raises(ValueError, match="batch = nested Tensor of 2 float64"):
+            solve(lambda x, y, b: b @ y, losses[1], outer_data=data, inner_data=data)

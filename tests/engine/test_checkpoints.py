@@ -465,11 +465,42 @@ def test_other_data(written):
         bilevel.solve(
             outer, inner, x, y, data=pairs, method="bisls-sgd", checkpoint=written, resume=True
         )
-    short = {k: list(v)[:1] + list(v)[:1] for k, v in data(False).items()}
-    with pytest.raises(ValueError, match="ended after 2 batches.*resume with"):
-        bilevel.solve(
-            outer, inner, x, y, **short, method="bisls-sgd", checkpoint=written, resume=True
+    lists = {k: list(v) for k, v in data(False).items()}
+    fewer = {k: DataLoader(v.dataset, 2 * v.batch_size) for k, v in data(False).items()}
+    for other, words in (
+        (lists, "outer_data is a list.*keeps its position otherwise.*resume with"),
+        (fewer, r"outer_data has \d batches, but had \d when.*resume with"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bilevel.solve(
+                outer, inner, x, y, **other, method="bisls-sgd", checkpoint=written, resume=True
+            )
+
+
+def test_data_that_ends_earlier(tmp_path):
+    """Of a length that it does not tell."""
+
+    class Stream:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __iter__(self):
+            return iter(self.batches)
+
+    batches = [torch.tensor([1.0, 2.0]) * i for i in range(1, 8)]
+
+    def solve(batches, **options):
+        return bilevel.solve(
+            lambda x, y: (y - 1).square().sum(),
+            lambda x, y, b: (y - x * b).square().sum(),
+            *(torch.ones(2), torch.zeros(2)),
+            **{"inner_data": Stream(batches), "inner_steps": 5, "checkpoint": tmp_path / "c"},
+            **{"method": "bisls-sgd", "steps": 1, **options},
         )
+
+    solve(batches)
+    with pytest.raises(ValueError, match="ended after 2 batches.*written after 5; resume with"):
+        solve(batches[:2], steps=2, resume=True)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -161,3 +161,40 @@ def test_attention_in_the_inner_loss():
     F(x).backward()
     numeric = (F(t(1.5 + 1e-4)) - F(t(1.5 - 1e-4))) / 2e-4
     assert relative(x.grad, numeric) < 1e-6
+
+
+def unsolved(scales, solver):
+    """The gradient of sum y* through a quadratic whose system has such eigenvalues; the true one."""
+    scales = t(scales)
+    x = torch.ones(len(scales), dtype=torch.float64, requires_grad=True)
+    y = bilevel.implicit(
+        lambda x, y: (scales * y * y / 2 - x * y).sum(), lambda x: x / scales, solver
+    )
+    y(x).sum().backward()
+    return relative(x.grad, 1 / scales)
+
+
+def test_a_system_that_is_not_solved_is_told():
+    steep = np.geomspace(1.0, 1e-5, 40)
+    few, enough = ConjugateGradient(5), ConjugateGradient(400)
+    with pytest.warns(RuntimeWarning, match=r"residual of 3.1 by Conj.*steps=5.*steps=300"):
+        assert unsolved(steep, few) > 0.5
+    assert unsolved(steep, enough) < 1e-6  # a warning is an error here
+    # a series is known to be short; but not one that is farther from a solution than zero
+    assert unsolved(steep, Neumann(5)) > 0.5
+    with pytest.warns(RuntimeWarning, match="residual of 9.*products"):
+        unsolved(np.ones(4), lambda product, b, q0: 10 * b)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # by torch's own forward mode
+def test_forwards_is_refused_in_words():
+    y_star = bilevel.implicit(RIDGE.inner, solve_ridge, SOLVER)
+    with pytest.raises(RuntimeError, match="use torch.func.jacrev instead of jacfwd"):
+        torch.func.jacfwd(y_star)(RIDGE.x)
+
+
+def test_a_module_is_passed_as_its_parameters():
+    module = torch.nn.Linear(2, 1)
+    y_star = bilevel.implicit(lambda x, y: (y**2).sum(), lambda x: torch.zeros(1), SOLVER)
+    with pytest.raises(TypeError, match=r"x is the Module Linear.*dict\(module.named_parameters"):
+        y_star(module)

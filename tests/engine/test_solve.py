@@ -119,7 +119,7 @@ def test_solve_is_a_loop_over_the_step_level(name):
     # the first look: a gradient of each loss, and where steps are searched whether values and
     # gradients belong together
     searches = method.outer_rule.searches(0, None) or method.inner_rule.searches(0, None)
-    history, first = [], (5, 18) if searches else (2, 0)
+    history, first = [], (6, 18) if searches else (2, 0)
     for _ in range(steps):
         state, record = method.step(problem, state, None, 4)
         history.append(record)

@@ -13,7 +13,7 @@ from bilevel import require
 from bilevel.attention import twice_differentiable
 from bilevel.hypergradients import Implicit
 from bilevel.layout import leaves, rebuild
-from bilevel.linear import LOOSE, ConjugateGradient, Solver, is_conjugate, as_number, watched
+from bilevel.linear import LOOSE, ConjugateGradient, Solver, as_number, is_conjugate, watched
 from bilevel.require import shown
 
 

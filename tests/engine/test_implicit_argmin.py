@@ -164,7 +164,7 @@ def test_attention_in_the_inner_loss():
 
 
 def unsolved(scales, solver):
-    """The gradient of sum y* through a quadratic whose system has such eigenvalues; the true one."""
+    """How far the gradient of sum y* is off, where the system has such eigenvalues."""
     scales = t(scales)
     x = torch.ones(len(scales), dtype=torch.float64, requires_grad=True)
     y = bilevel.implicit(

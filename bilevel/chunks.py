@@ -299,6 +299,7 @@ def _records(
         outer_step=row.outer_step,
         inner_step=row.inner_step,
         residual=row.residual,
+        lag=row.lag,
         hessian_batches=[many[1]] * taken,
         outer_batches=[many[0]] * taken,
         seconds=[state.seconds + spent * (j + 1) / taken for j in range(taken)],

@@ -41,6 +41,7 @@ class Row(NamedTuple):
     outer_step: Any
     inner_step: Any
     residual: Any
+    lag: Any
     finite: Any  # whether all of these and the point are
     outer_trials: Any
     inner_trials: Any
@@ -360,7 +361,7 @@ class Iterations:
 
     def _row(self, taken: _Taken, draws: _Draws) -> Row:
         """What is reported; evaluations are those that the oracle of a plain one counts."""
-        inner, h, _, step, _, looked, nearer, _, solver = taken
+        inner, h, _, step, judged, looked, nearer, _, solver = taken
         (m, many), nothing = draws.many, torch.zeros_like(step.size)
         told = draws.fresh is not None and step.follows
         other = int(draws.other is not None)
@@ -373,6 +374,7 @@ class Iterations:
             outer_step=step.size,
             inner_step=inner.size,
             residual=h.residual,
+            lag=(h.lag + judged.there) / 2,
             finite=looked.finite,
             outer_trials=step.trials,
             inner_trials=inner.trials,

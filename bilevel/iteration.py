@@ -329,6 +329,7 @@ class Iteration:
             inner_trials=inner.trials,
             inner_failures=inner.failures,
             residual=None if h.residual is None else n.residual,
+            lag=(n.here + n.there) / 2 if has_solution(h) else None,
             hessian_batches=len(self.batches.hessian),
             outer_batches=self.batches.many,
             gradients=cost.gradients,

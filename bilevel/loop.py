@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from bilevel import checkpoint as files
-from bilevel import kinks, require
+from bilevel import doubts, kinks, require
 from bilevel.data import Cycle, refuse_shared
 from bilevel.distributed import Ranks
 from bilevel.drawn import Batches
-from bilevel.lag import WAITS
 from bilevel.layout import Variable
 from bilevel.method import Method
 from bilevel.noise import averaged
@@ -223,7 +222,7 @@ def solve(
     finally:
         bar.close()
     saver.write()
-    _tell_doubts(history)
+    doubts.tell(history, method.corrects)
     return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
 
 
@@ -304,44 +303,6 @@ def _failed(state: State, history: list[Record]) -> str | None:
         f"{reason}, {state.failures} iterations in a row, with the hypergradient's norm at "
         f"{record.hypergrad_norm:.3g} of {history[0].hypergrad_norm:.3g} at first"
     )
-
-
-def _tell_doubts(history: list[Record]) -> None:
-    """Warn where most of the iterations had next to no hypergradient, or x stayed in them: see
-    :func:`bilevel.lag.is_lost` and :func:`bilevel.lag.is_flattered`."""
-    loose = [r for r in history if (r.residual or 0) > 1]
-    still = [r for r in history if not (r.outer_step or r.failure)]
-    unsolved = [r for r in still if not r.outer_trials and (r.residual or 0) > 1]
-    later = [r for r in history if r.k >= WAITS]  # before, x waits for a y that comes from far
-    flattered = [r for r in still if r.outer_trials and r.k >= WAITS]
-    lost = 2 * len(unsolved) > len(history)
-    for most, text in (
-        (
-            2 * len(loose) > len(history) >= WAITS and not lost,
-            f"the linear system of the hypergradient was left with a residual above 1 in "
-            f"{len(loose)} of {len(history)} iterations, so that it says next to nothing of F. "
-            f"Where y is kept in a set or stops short of g's minimum (an inner_solver that "
-            f"projects, say), write it as a function of free variables, such as tanh(z), or go on "
-            f"to the minimum; where g is all but flat or concave, add a small penalty on y to g.",
-        ),
-        (
-            lost,
-            f"x stayed where it was in {len(unsolved)} of {len(history)} iterations, in which the "
-            f"linear system of the hypergradient was left with a residual above 1, as where g is "
-            f"all but flat in some directions of y: keep x from there (project=..., bounded "
-            f"penalties), add a small penalty on y to g, or allow more products by "
-            f"hypergradient=bilevel.Implicit(bilevel.ConjugateGradient(steps=200)).",
-        ),
-        (
-            2 * len(flattered) > len(later) >= WAITS,
-            f"x stayed where it was in {len(flattered)} of {len(history)} iterations, in which y "
-            f"was so far from y*(x) that f fell and F rose: keep x from where gradient steps of g "
-            f"hardly move y (project=..., bounded penalties), take more inner_steps, or give an "
-            f"inner_solver that gets there.",
-        ),
-    ):
-        if most:
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _reached(tol: float | None, history: list[Record]) -> str | None:

@@ -23,6 +23,9 @@ class Record:
             ones are summed over the inner steps.
         inner_failures: inner searches without an acceptable step.
         residual: relative residual of the linear system; None where there is none.
+        lag: by how much f is higher at y than at y*(x), to first order: <q, g_y>, with q the
+            solution of that system, on the batches of the hypergradient and on others where there
+            are some; None where y has no y* to be behind of.
         hessian_batches: how many inner batches the second derivatives are of; 1 where there are
             no batches, or steps are unrolled.
         outer_batches: how many outer batches the outer loss is the mean of.
@@ -41,6 +44,7 @@ class Record:
     inner_trials: int
     inner_failures: int
     residual: float | None
+    lag: float | None
     hessian_batches: int
     outer_batches: int
     gradients: int

@@ -64,8 +64,15 @@ class Averaged(Optimizer):
                 self._swap(group, into_y=False)
                 group["train_mode"] = False
 
-    def _swap(self, group: Group, into_y: bool) -> None:
+    def _written(self, group: Group) -> float:
+        """The beta of the y that the parameters hold; a scheduler may have changed it since."""
         beta, _ = self._betas(group)
+        return float(group.get("written", beta))
+
+    def _swap(self, group: Group, into_y: bool) -> None:
+        beta = self._written(group)
+        if into_y:
+            group["written"] = beta = self._betas(group)[0]
         for p in group["params"]:
             kept = self.state.get(p)
             if not kept:
@@ -84,6 +91,16 @@ class Averaged(Optimizer):
                 "the average and not the point of the gradient. Call optimizer.train() before the "
                 "forward pass of each training phase."
             )
+        for group in self.param_groups:
+            beta, before = self._betas(group)[0], self._written(group)
+            states = map(self.state.get, group["params"])
+            if beta < STORED <= before and any(kept and "x" not in kept for kept in states):
+                raise ValueError(
+                    f"{type(self).__name__}: beta fell from {before:g} to {beta:g} in training (by "
+                    f"a scheduler that moves momentum?); below {STORED} the average has to be "
+                    f"stored from the start. Keep beta above (OneCycleLR(cycle_momentum=False), or "
+                    f"base_momentum={STORED}), or start with one below."
+                )
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -112,13 +129,15 @@ class Averaged(Optimizer):
         return (norm2 + 0 * size2[0] if size2 else norm2), slope
 
     def _weights(self, group: Group, s: Memory, step: Tensor, ok: Tensor) -> Memory:
-        beta, _ = self._betas(group)
+        beta, before = self._betas(group)[0], self._written(group)
+        group["written"] = beta
         c = torch.where(ok, self._average(s, group), 0.0)
         w = {"skip": ~ok, "step": step * group["lr"], "c": c}
         w["decay"] = -(w["step"] * group["weight_decay"]).clamp(max=1.0)
         if beta >= STORED:
-            w["into_x"] = ok.to(c) * (1 - 1 / beta)
-            w["from_x"] = torch.where(ok, 1 - beta * (1 - c), 0.0)
+            anew = ok | (beta != before)  # y is to be of the new beta, whether or not z has moved
+            w["into_x"] = anew.to(c) * (1 - 1 / before if before >= STORED else 0.0)
+            w["from_x"] = torch.where(anew, 1 - beta * (1 - c), 0.0)
         return w
 
     def _move(self, do: Plain, block: Block, w: Memory) -> None:

@@ -369,7 +369,7 @@ def test_the_correction_in_the_graph_is_the_plain_one(s, go):
 def test_records_of_rows_are_as_any():
     columns = {f.name: [i, i + 0.5] for i, f in enumerate(fields(Record))}
     one, other = Record.several(**columns)
-    assert one == Record(*range(17)) and other["seconds"] == 15.5
+    assert one == Record(*range(18)) and other["seconds"] == 16.5
     with pytest.raises(FrozenInstanceError):
         one.k = 3
     with pytest.raises(ValueError):

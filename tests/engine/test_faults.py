@@ -367,6 +367,8 @@ LOSSES = {
 
 
 @pytest.mark.filterwarnings("ignore:x stayed where it was")  # where g is singular, by differences
+@pytest.mark.filterwarnings("ignore:y ended so far")
+@pytest.mark.filterwarnings("ignore:the outer loss rose")
 @pytest.mark.filterwarnings("ignore:the linear system of the hypergradient was left")
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("losses", LOSSES)

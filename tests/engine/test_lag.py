@@ -10,7 +10,7 @@ import torch
 
 import bilevel
 from benchmarks.stumbles import afresh, evidence, input_noise, prices, risk, wide, words
-from bilevel import lag, loop
+from bilevel import lag
 from bilevel.lag import FIRST_OFF, FLATTERED, HALVINGS, IN_A_ROW, WAITS, arrived, is_flattered
 from bilevel.layout import Layout
 from bilevel.linear import CONCAVE, Learned
@@ -445,32 +445,3 @@ def test_x_stays_where_f_is_flattered_again_and_again(monkeypatch):
     gone = [ends(seed) for seed in seeds]
     for (value, count), (higher, none) in zip(stayed, gone, strict=True):
         assert count > 0 == none and value < higher - 0.02
-
-
-def test_a_run_that_stays_is_told():
-    """In words that say what to do."""
-    record = input_noise(0).solve("bisls-adam", steps=1, inner_steps=10, seed=0).history[0]
-    stayed = [replace(record, k=k, outer_step=0.0, outer_trials=2) for k in range(60)]
-    moved = [replace(record, k=k, outer_step=0.1, outer_trials=2) for k in range(60)]
-    with pytest.warns(RuntimeWarning, match="x stayed.*35 of 60.*f fell and F rose.*inner_steps"):
-        loop._tell_doubts(moved[:25] + stayed[25:])
-    loop._tell_doubts(moved[:40] + stayed[40:])  # less than half: no warning, which is an error
-
-
-def test_a_run_without_hypergradients_is_told():
-    """y in a box, at a maximum of g: |g_yy| and g_yy have nothing in common, and x goes on."""
-
-    def climb(x, y, batches):
-        return (y + 0.5 * y.sign()).clamp(-1, 1)
-
-    def solve(steps):
-        return bilevel.solve(
-            lambda x, y: ((y - x) ** 2).sum() + 0.1 * (x**2).sum(),
-            lambda x, y: -(y**2).sum() / 2 + (x * y).sum(),
-            *(t([0.3, -0.2]), t([0.1, -0.1])),
-            **{"method": bilevel.bisls(inner_solver=climb), "steps": steps},
-        )
-
-    with pytest.warns(RuntimeWarning, match="residual above 1 in 20 of 20.*free variables"):
-        result = solve(20)
-    assert any(record.outer_step for record in result.history)

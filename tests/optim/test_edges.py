@@ -289,6 +289,51 @@ def test_one_cycle(method):
     np.testing.assert_array_equal(flat(a), flat(b))
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_momentum_that_a_scheduler_moves(fast, stored):
+    """The average stays that of the z, and y is of the beta of its step, even where it is refused
+    (NaN), and wherever beta has changed in eval mode."""
+    problem = LeastSquares(noise=0.3)
+    params = problem.params()
+    optimizer = optim.ScheduleFreeAdamSPS(params, max_lr=0.3, foreach=fast, lower_bound=-9.0)
+    betas = [0.2 if stored else 0.9, 0.5, 0.8, 0.8, 0.4, 0.95, 0.9, 0.3]
+    x = flat(params)
+    for t, beta in enumerate(betas):
+        (group,) = optimizer.param_groups
+        group["betas"] = (beta, 0.999)
+        loss = problem.loss(t, params)
+        optimizer.zero_grad()
+        loss.backward()
+        if t in (3, 4):
+            params[0].grad.view(-1)[0] = math.nan
+        optimizer.step(loss=loss)
+        z, memory = flat([optimizer.state[p]["z"] for p in params]), group["memory"]
+        if t not in (3, 4):
+            x = x + float(memory["lr_max"] ** 2 / memory["weight_sum"]) * (z - x)
+        np.testing.assert_allclose(flat(params), (1 - beta) * z + beta * x, atol=1e-12)
+        assert ("x" in optimizer.state[params[0]]) == stored
+    optimizer.eval()
+    np.testing.assert_allclose(flat(params), x, atol=1e-12)
+    group["betas"] = (0.7, 0.999)
+    optimizer.train()
+    np.testing.assert_allclose(flat(params), 0.3 * z + 0.7 * x, atol=1e-12)
+    optimizer.eval()
+    np.testing.assert_allclose(flat(params), x, atol=1e-12)
+
+
+def test_momentum_that_falls_too_low():
+    problem = LeastSquares(noise=0.3)
+    params = problem.params()
+    optimizer = optim.ScheduleFreeAdamSPS(params, max_lr=0.3, lower_bound=-9.0)
+    problem.step(optimizer, 0, params)
+    before = flat(params)
+    optimizer.param_groups[0]["betas"] = (0.2, 0.999)
+    with pytest.raises(ValueError, match="beta fell from 0.9 to 0.2.*cycle_momentum=False"):
+        problem.step(optimizer, 1, params)
+    np.testing.assert_array_equal(flat(params), before)
+
+
 @pytest.mark.parametrize("key", ["weight_decay", "momentum"])
 def test_unknown_option_of_a_group(key):
     x, y, z = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -105,6 +106,22 @@ class OptimizerSolver:
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g.clone()
 
+    def tell_decay(self) -> None:
+        """Warn of a penalty that the inner loss, and so the hypergradient, knows nothing of."""
+        groups = self.optimizer.param_groups
+        decay = max(
+            0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
+            for group in groups
+        )
+        if decay > 0:
+            warnings.warn(
+                f"the optimizer of inner_solver has weight_decay={decay:g}, so that y goes to the "
+                f"minimum of another function than the inner loss, of which the hypergradient is; "
+                f"leave it out, and add {decay / 2:g} * y.square().sum() to the inner loss.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     @property
     def kind(self) -> str:
         """In words."""
@@ -196,7 +213,9 @@ def run_solver(
     """y after the user's solver, and the solver's new state; the old one is not modified."""
     if makes_optimizer(solver):
         made = OptimizerSolver(solver, oracle.y)
-        if state is not None:
+        if state is None:
+            made.tell_decay()
+        else:
             made.load_state_dict(copy.deepcopy(state))  # an optimizer steps its state in place
         return made.run(oracle, x, y, draws), made.state_dict()
     X, Y = oracle.x.export(x), oracle.y.export(y)

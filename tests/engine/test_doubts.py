@@ -139,9 +139,14 @@ def test_solvers_that_do_not_go_to_the_minimum():
     """Weight decay, of which g knows nothing, and a schedule that ends long before the run."""
     result = solve(sgd())
     assert abs(result.history[-1].lag) < 1e-3 * outer(result.x, result.y)
-    for method in (sgd(weight_decay=0.5), sgd(ends=200)):
-        with pytest.warns(RuntimeWarning, match="y ended so far from.*weight_decay.*a scheduler"):
-            solve(method)
+    with pytest.warns(RuntimeWarning) as told:
+        solve(sgd(weight_decay=0.5))
+    first, last = (str(warning.message) for warning in told)
+    assert "weight_decay=0.5" in first and "add 0.25 * y.square().sum() to the inner" in first
+    assert "y ended so far from" in last and "weight_decay" in last
+    with pytest.warns(RuntimeWarning, match="y ended so far from.*a scheduler"):
+        solve(sgd(ends=200))
+    solve(bilevel.bisls(inner_solver=torch.optim.AdamW), steps=1)  # decoupled, and a default
 
 
 def test_lag_is_the_change_of_f_on_the_way_from_the_solution():

@@ -15,6 +15,8 @@ def main(argv: list[str]) -> int:
         for path in Path(__file__).parent.glob("*.py")
         if path.stem not in SHARED
     )
+    if argv and argv[0] not in names:
+        print(f"there is no benchmark {argv[0]!r}; these are:", file=sys.stderr)
     if not argv or argv[0] not in names:
         for name in names:
             module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")

@@ -47,6 +47,11 @@ class Cell(NamedTuple):
     def parse(cls, text: str) -> Cell:
         """The cell that is written so."""
         name, *steps = text.removesuffix(" falling").split()
+        if name in ("adam", "sgd") and len(steps) != 2:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} has {len(steps)} of the two steps of a cell; write 'adam 0.1 0.01' or "
+                f"'sgd 1 0.1 falling'."
+            )
         return cls(name, *map(float, steps), decay=0.5 if text.endswith(" falling") else 0.0)
 
     def fixed(self, batches: int | None = None) -> bilevel.Method:

@@ -43,7 +43,8 @@ def implicit(
         RuntimeError: it is differentiated forwards (``jacfwd``).
 
     A system that is left with a relative residual above a tenth, or above one by a solver other
-    than conjugate gradients, is told by a ``RuntimeWarning``. Tensors that ``inner`` and ``argmin``
+    than conjugate gradients, is told by a ``RuntimeWarning``, but not under ``vmap`` or
+    ``torch.compile``. Tensors that ``inner`` and ``argmin``
     take from elsewhere, ``args`` among them, get no gradient.
 
     Example:
@@ -170,14 +171,13 @@ class _Argmin(torch.autograd.Function):
 
 def _tell_unsolved(solver: Solver, missed: Tensor, b: Tensor) -> None:
     """Warn where the gradient is of a system that was not solved; not under vmap or compile."""
-    error, size = (as_number(torch.linalg.vector_norm(v.detach())) for v in (missed, b))
-    if error is None or size is None:
-        return
+    error, size = (torch.linalg.vector_norm(v.detach()) for v in (missed, b))
+    residual = as_number(error / size)
     most = LOOSE if is_conjugate(solver) else 1.0  # where zero were nearer to a solution
-    if error > most * size:
+    if residual is not None and residual > most:
         warnings.warn(
             f"the linear system in the backward pass of implicit was left with a relative residual "
-            f"of {error / size:.2g} by {shown(solver)}, so that the gradient may be far off. Is "
+            f"of {residual:.2g} by {shown(solver)}, so that the gradient may be far off. Is "
             f"argmin(x) where inner has its minimum? If it is, allow more products, such as "
             f"solver=bilevel.ConjugateGradient(steps=300), or add a small penalty on y to inner.",
             RuntimeWarning,

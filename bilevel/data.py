@@ -50,10 +50,11 @@ class Cycle:
                 f"batches; pass [batch], or a DataLoader."
             )
         if _is_batch(data):
+            pairs = "pairs (outer_batch, inner_batch), as [((V, v), (A, a))],"
             raise TypeError(
                 f"{name} is a {type(data).__name__} of {len(data)} tensors with as many rows each, "
                 f"such as (inputs, labels), which is one batch rather than a series of batches; "
-                f"pass [(inputs, labels)], or a DataLoader."
+                f"pass {pairs if name == 'data' else '[(inputs, labels)],'} or a DataLoader."
             )
         if isinstance(data, Iterator):
             raise TypeError(

@@ -12,7 +12,8 @@ from bilevel.record import Record
 
 AWAY = 0.1  # of what a run gained, by which f may be other at y*(x)
 FIRST = 3  # iterations, whose mean f the run has changed
-RISEN = 0.01  # of f, if it is more than three standard errors, too, or beyond all that was early
+SMALL = 0.01  # of f; less is not told, nor what is within three standard errors
+ROUNDING = 1e-6  # of the largest f of the run
 
 
 def tell(history: list[Record], corrects: bool) -> None:
@@ -69,8 +70,10 @@ def _away(history: list[Record]) -> str | None:
     lags = [r.lag for r in last if r.lag is not None and (r.residual or 0) <= SOLVED]
     if len(lags) < WAITS:
         return None
-    lag, gained = fmean(lags), _mean(history[:FIRST]) - _mean(last)
-    if not abs(lag) > max(AWAY * abs(gained), 2 * _error(lags)):
+    losses = [r.outer_loss for r in last]
+    lag, gained = fmean(lags), _mean(history[:FIRST]) - fmean(losses)
+    noise = 3 * max(_error(lags), _error(losses))
+    if not abs(lag) > max(AWAY * abs(gained), SMALL * abs(fmean(losses)), noise):
         return None
     return (
         f"y ended so far from y*(x) that f is other by about {abs(lag):.2g} there, where the run "
@@ -88,7 +91,8 @@ def _risen(history: list[Record]) -> str | None:
     early, late = ([r.outer_loss for r in part] for part in (first, last))
     before, after = _mean(first), _mean(last)
     told = after - before > 3 * (_error(early) + _error(late)) or min(late) > max(early)
-    if not (told and after - before > RISEN * abs(before)):
+    most = max(abs(r.outer_loss) for r in history if math.isfinite(r.outer_loss))
+    if not (told and after - before > max(SMALL * abs(before), ROUNDING * most)):
         return None
     return (
         f"the outer loss rose, from {before:.4g} early in the run to {after:.4g} in its last "

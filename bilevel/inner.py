@@ -53,7 +53,9 @@ def inner_steps(method: Method, oracle: Oracle, state: State, draws: Sequence[Dr
     x, y = state.vectors
     out = Inner(y, state.inner_last, state.solver, state.training)
     if method.inner_solver is not None:
-        out.y, out.solver = run_solver(method.inner_solver, oracle, x, y, draws, state.solver)
+        out.y, out.solver = run_solver(
+            method.inner_solver, oracle, x, y, draws, state.solver, tells=state.k == 0
+        )
     elif trains(method, oracle, state, draws):
         _train(method, oracle, state, draws, out)
     else:

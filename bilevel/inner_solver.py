@@ -17,6 +17,11 @@ from bilevel.problem import Draw, Oracle
 from bilevel.randomness import Randomness
 from bilevel.require import shown, takes
 
+# whose weight_decay w adds w y to the gradient
+COUPLED = (
+    *(torch.optim.SGD, torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam),
+    *(torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD),
+)
 OWN = "gradient steps"  # and no solver of the user's
 
 
@@ -108,12 +113,14 @@ class OptimizerSolver:
 
     def tell_decay(self) -> None:
         """Warn of a penalty that the inner loss, and so the hypergradient, knows nothing of."""
-        groups = self.optimizer.param_groups
+        coupled = isinstance(self.optimizer, COUPLED) and not isinstance(
+            self.optimizer, torch.optim.AdamW
+        )
         decay = max(
             0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
-            for group in groups
+            for group in self.optimizer.param_groups
         )
-        if decay > 0:
+        if coupled and decay > 0:
             warnings.warn(
                 f"the optimizer of inner_solver has weight_decay={decay:g}, so that y goes to the "
                 f"minimum of another function than the inner loss, of which the hypergradient is; "
@@ -209,13 +216,15 @@ def run_solver(
     y: Tensor,
     draws: Sequence[Draw],
     state: dict[str, Any] | None,
+    tells: bool,
 ) -> tuple[Tensor, dict[str, Any] | None]:
-    """y after the user's solver, and the solver's new state; the old one is not modified."""
+    """y after the user's solver, and the solver's new state; the old one is not modified.
+    ``tells``: whether of what it does otherwise than the hypergradient supposes."""
     if makes_optimizer(solver):
         made = OptimizerSolver(solver, oracle.y)
-        if state is None:
+        if tells:
             made.tell_decay()
-        else:
+        if state is not None:
             made.load_state_dict(copy.deepcopy(state))  # an optimizer steps its state in place
         return made.run(oracle, x, y, draws), made.state_dict()
     X, Y = oracle.x.export(x), oracle.y.export(y)

@@ -164,6 +164,11 @@ class Lanczos:
         return values.to(T.dtype), vectors.to(T.dtype)
 
 
+def _apart_from_zero(number: Tensor) -> Tensor:
+    """It, or 1 for 0: what a mask leaves out, its derivative would not (0 times NaN)."""
+    return torch.where(number == 0, 1.0, number)
+
+
 def _norm(v: Tensor) -> Tensor:
     """The norm, kept away from zero: dividing a zero vector by it gives zero."""
     return torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
@@ -396,9 +401,9 @@ class ConjugateGradient:
             # the guess along its own ray: the best multiple of q0 never is worse than zero
             Hq = product(q0)
             curved = torch.dot(q0, Hq)
-            scale = torch.where(curved > 0, torch.dot(q0, b) / curved, 0.0)
+            scale = torch.where(curved > 0, torch.dot(q0, b) / _apart_from_zero(curved), 0.0)
             q, r = scale * q0, b - scale * Hq
-            low = torch.where(curved < 0, curved / torch.dot(q0, q0), 0.0)
+            low = torch.where(curved < 0, curved / _apart_from_zero(torch.dot(q0, q0)), 0.0)
         rr = torch.dot(r, r)
         q = q + 0 * rr  # NaN where b is: not a system that is solved at once
         # even a good guess takes one step, so that over the iterations of a method q converges
@@ -412,16 +417,16 @@ class ConjugateGradient:
         eps = torch.finfo(q.dtype).eps
         Hp = product(p)
         pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
-        bent = torch.where(active & torch.isfinite(pHp), pHp / pp, 0.0)
+        bent = torch.where(active & torch.isfinite(pHp), pHp / _apart_from_zero(pp), 0.0)
         top, low = torch.maximum(top, bent.abs()), torch.minimum(low, bent)
         active = active & (bent > eps * eps)
-        a = torch.where(active, rr / pHp, 0.0)
+        a = torch.where(active, rr / _apart_from_zero(pHp), 0.0)
         q = q + a * p
         r = r - torch.where(active, a * Hp, 0.0)
         new = torch.dot(r, r)
         moved = a * a * pp > eps * eps * torch.dot(q, q)
         active = active & (new > enough) & moved
-        p = r + torch.where(active, new / rr, 0.0) * p
+        p = r + torch.where(active, new / _apart_from_zero(rr), 0.0) * p
         return q, r, p, new, active, top, low
 
     def _on_host(

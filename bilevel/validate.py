@@ -77,25 +77,28 @@ def _refuse_statistics(
 ) -> None:
     """Buffers that a loss changes would change at every trial of a line search."""
     held = [
-        (f"{layout.name}.{path}{'.' * bool(path)}{name}", module, name, buffer, buffer.clone())
+        (f"{layout.name}.{path}{'.' * bool(path)}{name}", module, name, buffer)
         for layout in (oracle.x, oracle.y)
         if layout.module is not None
         for path, module in layout.module.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()  # of which some may be None as yet
     ]
     if not held:
         return
+    copies = [None if buffer is None else buffer.clone() for *_, buffer in held]
     changed = []
     try:
         _enriched(f"the {level} loss", given, lambda: oracle.value(level, x, y, draw))
     finally:
         with torch.no_grad():
-            for said, module, name, buffer, before in held:
-                other = getattr(module, name) is not buffer
-                if other or not _same(buffer, before):
-                    changed.append(said)
+            for (said, module, name, buffer), before in zip(held, copies, strict=True):
+                same = getattr(module, name) is buffer
+                if same and (buffer is None or before is None or _same(buffer, before)):
+                    continue
+                changed.append(said)
+                if buffer is not None and before is not None:
                     buffer.copy_(before)
-                    setattr(module, name, buffer)
+                setattr(module, name, buffer)
     if changed:
         raise ValueError(
             f"the {level} loss changes the buffers {', '.join(changed)} (running statistics of a "
@@ -111,13 +114,16 @@ def _compare(
     """See that searches compare values of the very loss that gradients belong to, which is
     ``known``, with its gradient in y, where both x and y require one: at y = 0 the loss may show
     nothing of its random numbers, but its gradient does."""
+    value, gy = known
 
     def differ() -> bool:
-        value, gy = known
         gradients = oracle.outer_gradients if level == "outer" else oracle.inner_gradient
         again, *_, other = gradients(x, y, draw)
         values = (again, oracle.value(level, x, y, draw))
-        return _apart(other, gy) or any(_apart(number, value) for number in values)
+        # near y*(x) the parts of a gradient cancel, of which the loss tells the size
+        size = torch.maximum(torch.linalg.vector_norm(gy), value.abs())
+        pairs = [(other, gy, size), *((number, value, value.abs()) for number in values)]
+        return any(_apart(*pair) for pair in pairs)
 
     if differ():  # it may ask what requires gradients; then it is to be asked so every time
         oracle.problem.habit.recorded = True
@@ -131,9 +137,9 @@ def _compare(
             )
 
 
-def _apart(a: Tensor, b: Tensor) -> bool:
-    """Whether two numbers, or vectors, differ by more than rounding."""
-    most = torch.finfo(b.dtype).eps ** 0.5 * torch.linalg.vector_norm(b).clamp_min(SMALL)
+def _apart(a: Tensor, b: Tensor, size: Tensor) -> bool:
+    """Whether two numbers, or vectors, of parts of that size differ by more than rounding."""
+    most = torch.finfo(b.dtype).eps ** 0.5 * size.clamp_min(SMALL)
     apart = torch.linalg.vector_norm(a - b)
     return bool(apart.isfinite() & (apart > most))
 

@@ -136,7 +136,8 @@ class Averaged(Optimizer):
         w["decay"] = -(w["step"] * group["weight_decay"]).clamp(max=1.0)
         if beta >= STORED:
             anew = ok | (beta != before)  # y is to be of the new beta, whether or not z has moved
-            w["into_x"] = anew.to(c) * (1 - 1 / before if before >= STORED else 0.0)
+            if STORED <= before < 1:  # or y is x, or x is stored
+                w["into_x"] = anew.to(c) * (1 - 1 / before)
             w["from_x"] = torch.where(anew, 1 - beta * (1 - c), 0.0)
         return w
 
@@ -145,7 +146,7 @@ class Averaged(Optimizer):
         z, x, group = block.state["z"], block.state.get("x"), block.group
         beta, beta2 = self._betas(group)
         decay = [p.clone() for p in y] if group["weight_decay"] else None
-        if x is None and beta < 1:
+        if x is None and "into_x" in w:
             do.lerp(y, z, w["into_x"])  # y <- x_t, while z is z_{t-1}
         if decay is not None:
             do.add(z, w["decay"], decay)

@@ -1,6 +1,9 @@
 """What a run may have got wrong is told at its end, and a good run says nothing."""
 
+import math
+import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,8 +100,14 @@ def test_a_lag_at_the_end_is_told():
 
     tells([0.0] * 45 + [-0.175] * 15)
     tells([0.0] * 45 + [0.175] * 15)
-    for silent in ([0.175] * 45 + [0.0] * 15, [0.17] * 60, [None] * 60, [0.9, -0.9] * 30):
+    for silent in ([0.175] * 45 + [0.0] * 15, [0.17] * 60, [None] * 60, [3.0, -2.4] * 30):
         doubts.tell(records(falls, lag=silent), False)
+    # where f hardly changed: within its noise, or less than 1 % of it
+    noisy = (1 + np.random.default_rng(0).normal(size=60) / 20).tolist()
+    doubts.tell(records(noisy, lag=[0.03] * 60), False)
+    doubts.tell(records(lag=[0.009] * 60), False)
+    with pytest.warns(RuntimeWarning, match="y ended so far"):
+        doubts.tell(records(lag=[0.011] * 60), False)
     doubts.tell(records(falls, lag=[0.175] * 60), True)  # which is corrected
     loose = [1.01 * SOLVED] * 60  # and q is no solution
     doubts.tell(records(falls, lag=[0.175] * 60, residual=loose), False)
@@ -146,7 +155,12 @@ def test_solvers_that_do_not_go_to_the_minimum():
     assert "y ended so far from" in last and "weight_decay" in last
     with pytest.warns(RuntimeWarning, match="y ended so far from.*a scheduler"):
         solve(sgd(ends=200))
-    solve(bilevel.bisls(inner_solver=torch.optim.AdamW), steps=1)  # decoupled, and a default
+    for decoupled in (torch.optim.AdamW, partial(torch.optim.Adafactor, weight_decay=0.1)):
+        solve(bilevel.bisls(inner_solver=decoupled), steps=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        solve(sgd(weight_decay=0.5), steps=3, warm_start=False)
+    assert len(told) == 1  # and not in each iteration
 
 
 def test_lag_is_the_change_of_f_on_the_way_from_the_solution():
@@ -170,6 +184,12 @@ def test_lag_is_the_change_of_f_on_the_way_from_the_solution():
     exact = bilevel.Implicit(bilevel.ConjugateGradient(10, 0.0))
     record = first(bilevel.bisls("sgd", inner_solver=stays, hypergradient=exact), start)
     assert record.lag == pytest.approx(float((c * (start - 1)).sum()))
+    # of batches the mean of that of the hypergradient and of another, which come after those of y
+    mean = bilevel.bisls("sgd", inner_solver=stays, hypergradient=replace(exact, average="auto"))
+    batches = [t([0.1, 0.2, 0.3]) * k for k in (1, 5, 2)]
+    record = first(mean, start, lambda x, y, b: ((y - x - b) ** 2).sum() / 2, inner_data=batches)
+    away = start - 1 - (batches[1] + batches[2]) / 2
+    assert record.hessian_batches == 1 and record.lag == pytest.approx(float((c * away).sum()))
     unrolled = bilevel.bisls("sgd", hypergradient=bilevel.Unrolled())
     assert first(unrolled, start).lag is None
     concave = first(
@@ -188,6 +208,14 @@ def test_a_loss_that_rises_is_told():
     with pytest.warns(RuntimeWarning, match=r"loss rose, from 2\.\d+ early.*to 2\.\d+ in its last"):
         doubts.tell(records((2 + np.linspace(0, 0.6, 60) + noise).tolist()), True)
     doubts.tell(records((2 - np.linspace(0, 0.6, 60) + noise).tolist()), True)
+    with pytest.warns(RuntimeWarning, match="loss rose, from 2.0"):
+        doubts.tell(records(np.linspace(2, 2.05, 60).tolist()), True)
+    doubts.tell(records([1.0, *np.linspace(1e-9, 2e-9, 59)]), True)  # rounding
+    with pytest.warns(RuntimeWarning, match="loss rose, from 2.2"):  # of what did not fail
+        failed = records(np.linspace(2, 3, 60).tolist())
+        for k in (20, 50):
+            failed[k] = replace(failed[k], failure="the outer loss is nan", outer_loss=math.nan)
+        doubts.tell(failed, True)
     # from where y has just begun, by 1 % of f, or in a few iterations, it says nothing
     doubts.tell(records([0.1] * 7 + [1.0] * 53), True)
     doubts.tell(records(np.linspace(2, 2.019, 60).tolist()), True)

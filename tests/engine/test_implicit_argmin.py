@@ -179,11 +179,29 @@ def test_a_system_that_is_not_solved_is_told():
     few, enough = ConjugateGradient(5), ConjugateGradient(400)
     with pytest.warns(RuntimeWarning, match=r"residual of 3.1 by Conj.*steps=5.*steps=300"):
         assert unsolved(steep, few) > 0.5
+    with pytest.warns(RuntimeWarning, match=r"residual of 0\.[2-9]"):
+        unsolved(np.geomspace(1.0, 0.02, 40), few)
     assert unsolved(steep, enough) < 1e-6  # a warning is an error here
     # a series is known to be short; but not one that is farther from a solution than zero
     assert unsolved(steep, Neumann(5)) > 0.5
     with pytest.warns(RuntimeWarning, match="residual of 9.*products"):
         unsolved(np.ones(4), lambda product, b, q0: 10 * b)
+
+
+def test_second_derivatives_where_a_system_is_solved_at_once():
+    """The residual is zero, and so are numbers that steps are divided by."""
+
+    def inner(x, y):
+        return ((y - 1) ** 2).sum() / 2 + x.exp() * (y**2).sum() / 2
+
+    def argmin(x):
+        return torch.ones(3, dtype=torch.float64) / (1 + x.exp())
+
+    def hessian(argmin):
+        return torch.func.jacrev(torch.func.jacrev(lambda x: argmin(x).sum()))(t(0.3))
+
+    y_star = bilevel.implicit(inner, argmin)
+    assert float(hessian(y_star)) == pytest.approx(float(hessian(argmin)), rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # by torch's own forward mode

@@ -182,6 +182,7 @@ def test_stopped_and_resumed(tmp_path, whole):
         *(outer, inner, x, y), checkpoint=file, resume=True, **options, **loaders(3)
     )
     assert torch.equal(resumed.x, result.x) and torch.equal(resumed.y, result.y)
+    assert resumed.state.training.level == result.state.training.level != Level()
 
 
 def test_other_steps_are_no_sign_of_a_kink(monkeypatch):

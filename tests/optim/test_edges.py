@@ -297,7 +297,7 @@ def test_momentum_that_a_scheduler_moves(fast, stored):
     problem = LeastSquares(noise=0.3)
     params = problem.params()
     optimizer = optim.ScheduleFreeAdamSPS(params, max_lr=0.3, foreach=fast, lower_bound=-9.0)
-    betas = [0.2 if stored else 0.9, 0.5, 0.8, 0.8, 0.4, 0.95, 0.9, 0.3]
+    betas = [0.2 if stored else 0.9, 0.5, 0.8, 0.8, 0.4, 1.0, 1.0, 0.9, 0.3]
     x = flat(params)
     for t, beta in enumerate(betas):
         (group,) = optimizer.param_groups

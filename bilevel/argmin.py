@@ -44,8 +44,8 @@ def implicit(
 
     A system that is left with a relative residual above a tenth, or above one by a solver other
     than conjugate gradients, is told by a ``RuntimeWarning``, but not under ``vmap`` or
-    ``torch.compile``. Tensors that ``inner`` and ``argmin``
-    take from elsewhere, ``args`` among them, get no gradient.
+    ``torch.compile``. Tensors that ``inner`` and ``argmin`` take from elsewhere, ``args`` among
+    them, get no gradient.
 
     Example:
         >>> import torch, bilevel

@@ -29,7 +29,7 @@ from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.reuse import Habit
 from bilevel.rules import Moments
-from bilevel.state import Level, State, Training
+from bilevel.state import State, Training
 
 if TYPE_CHECKING:
     from bilevel.method import Method
@@ -231,7 +231,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "paths": [layout.paths for layout in state.layouts],
         "shapes": [list(map(list, layout.shapes)) for layout in state.layouts],
         "k": state.k,
-        "last": [state.outer_last, state.inner_last, state.training.last],
+        "last": [state.outer_last, state.inner_last],
         "lengths": list(state.lengths),
         "moments": list(state.moments),
         "q": state.q,
@@ -243,8 +243,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "noise": list(state.noise),
         "agreement": list(state.agreement),
         "learned": list(state.learned),
-        "level": list(state.level),
-        "training": [list(part) for part in (state.training.moments, state.training.level)],
+        "training": [list(state.training.moments), *state.training[1:]],
         "history": [record.asdict() for record in history],
     }
     return _plain(content)
@@ -305,7 +304,7 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
     def moments(held: list[Any]) -> Moments:
         return Moments(here(held[0]), here(held[1]), *held[2:])
 
-    first, level = content["training"]
+    first, *rest = content["training"]
     average = content["average"]
     restored = replace(
         state,
@@ -324,7 +323,6 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         noise=Noise(*content["noise"]),
         agreement=Agreement(*content["agreement"]),
         learned=Learned(*content["learned"]),
-        level=Level(*content["level"]),
-        training=Training(moments(first), content["last"][2], Level(*level)),
+        training=Training(moments(first), *rest),
     )
     return restored, [Record(**record) for record in content["history"]]

@@ -13,7 +13,7 @@ from bilevel.record import Record
 AWAY = 0.1  # of what a run gained, by which f may be other at y*(x)
 FIRST = 3  # iterations, whose mean f the run has changed
 SMALL = 0.01  # of f; less is not told, nor what is within three standard errors
-ROUNDING = 1e-6  # of the largest f of the run
+ROUNDING = 1e-4  # of the largest f of the run
 
 
 def tell(history: list[Record], corrects: bool) -> None:

@@ -21,14 +21,13 @@ from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Course, Estimate, Followed, Implicit
 from bilevel.lag import is_behind, is_exact, is_flattered
 from bilevel.layout import rebuild
-from bilevel.lengths import EXACT, STRAIGHT, Lengths
+from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
 from bilevel.method import Method
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Armijo, Moments
 from bilevel.scalars import Scalars
-from bilevel.state import OUTER, Level
 from bilevel.traced import Counted, Run, Traced, move
 from bilevel.trials import ceiling
 
@@ -239,11 +238,7 @@ class Iterations:
         lengths = Lengths(*(length.clone() for length in old.lengths))
         kappa = 1.0 if self.alone else old.agreement.kappa(m)
         rise = lengths.allowed(kappa)
-        exact = old.exact >= EXACT
-        level = Level(old.level, old.weight).saw(h.value.double(), OUTER)
-        level = Level(*(torch.where(exact, number, 0.0) for number in level))
-        above = torch.where(exact, level.above(h.value.double()), 0.0)
-        most = ceiling(h.value) + (rise + above)
+        most = ceiling(h.value) + rise
         slope, apart, follow = self._course(h, d, first)
         length, norm = (torch.linalg.vector_norm(v).double() for v in (d, h.grad))
         leap = lengths.leap(length, norm, last, kappa) * self.method.leaps
@@ -266,7 +261,7 @@ class Iterations:
             return value, (trusted + 0 + twice) * m + many, there
 
         rule = self.method.outer_rule
-        found = move(rule, h.value, slope, phi, old.k, last, kappa, True, (leap, rise), above)
+        found = move(rule, h.value, slope, phi, old.k, last, kappa, True, (leap, rise))
         new_x, followed = reach(found.size)
         if self.method.leaps:
             tried = (leap > 0) & (slope < 0)
@@ -284,7 +279,6 @@ class Iterations:
             apart=apart,
             follows=follow is not None,
             lengths=lengths,
-            level=level,
         )
 
     def _course(self, h: Estimate, d: Tensor, first: Tensor) -> Course | tuple[Tensor, float, None]:
@@ -416,8 +410,6 @@ class Iterations:
             concave=taken.solver.concave[-1].double(),
             halvings=halvings,
             exact=exact,
-            level=step.level.mean,
-            weight=step.level.weight,
             **step.lengths._asdict(),
         ).where(taken.looked.finite, old)
         failed = taken.looked.finite & step.failed
@@ -483,7 +475,6 @@ class _Outer(NamedTuple):
     apart: Any
     follows: bool
     lengths: Lengths
-    level: Level
 
 
 class _Looked(NamedTuple):

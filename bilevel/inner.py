@@ -17,7 +17,7 @@ from bilevel.inner_solver import run_solver
 from bilevel.linear import CONCAVE
 from bilevel.problem import Draw, Oracle
 from bilevel.rules import Line, Move
-from bilevel.state import MEMORY, State, Training
+from bilevel.state import State, Training
 
 if TYPE_CHECKING:
     from bilevel.method import Method
@@ -114,13 +114,13 @@ def _train(method: Method, oracle: Oracle, state: State, draws: Sequence[Draw], 
     training, (direction, rule) = state.training, method.training
     for draw in draws:
         value, gy = oracle.inner_gradient(x, y, draw)
-        level = training.level.saw(float(value), MEMORY)
+        training = training.saw(float(value))
         d, moments = direction(gy, training.moments)
         along = partial(_along, oracle, x, y, d, draw)
-        line = Line(value, torch.dot(gy, d), along, above=level.above(float(value)))
-        move = rule(line, state.k, training.last)
+        above = max(training.level - float(value), 0.0)
+        move = rule(Line(value, torch.dot(gy, d), along, above=above), state.k, training.last)
         y = y + move.size * d
-        training = Training(moments, move.last, level)
+        training = training._replace(moments=moments, last=move.last)
         out.took(value, move)
     out.y, out.training = y, training
 

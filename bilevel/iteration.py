@@ -29,12 +29,12 @@ from bilevel.lag import (
     is_flattered,
     is_lost,
 )
-from bilevel.lengths import EXACT, STRAIGHT, leap
+from bilevel.lengths import STRAIGHT, leap
 from bilevel.linear import Learned
 from bilevel.problem import Draw, Oracle
 from bilevel.record import Record
 from bilevel.rules import Line, Moments, Move
-from bilevel.state import OUTER, Level, State
+from bilevel.state import State
 from bilevel.trials import Trials
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ class Found(NamedTuple):
         leapt: the move, if it is a leap over a kink; False where one was refused, None where none
             was tried.
         moments: of the direction.   lost: see :func:`bilevel.lag.is_lost`.
-        level: of f, see :class:`bilevel.state.Level`.
         behind: whether y was found to lag behind there, see :func:`bilevel.lag.is_behind`.
     """
 
@@ -76,7 +75,6 @@ class Found(NamedTuple):
     leapt: Move | Literal[False] | None
     moments: Moments
     lost: bool
-    level: Level
     behind: bool = True
 
 
@@ -160,7 +158,6 @@ class Iteration:
         d = d if searches else method.heeded(d, h)
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
-        level, above = self._level(h)
         trials = Trials(
             oracle,
             (x, y),
@@ -174,7 +171,6 @@ class Iteration:
             first=state.outer_last is None,
             rise=state.lengths.allowed(self.kappa),
             margin=self._margin(h),
-            above=above,
         )
         line = trials.line
         leapt = None if lost else self._leapt(trials, line, h)
@@ -184,16 +180,7 @@ class Iteration:
             move = move._replace(trials=move.trials + 1)
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
-        moments = state.moments if lost else moments
-        return Found(trials, line, move, point, leapt, moments, lost, level)
-
-    def _level(self, h: Estimate) -> tuple[Level, float]:
-        """How high f was of late, and by how much that is above it; nothing where h is not known to
-        be the slope of F, whose rise nothing would tell then."""
-        if self.state.learned.exact < EXACT:
-            return Level(), 0.0
-        level = self.state.level.saw(float(h.value), OUTER)
-        return level, level.above(float(h.value))
+        return Found(trials, line, move, point, leapt, state.moments if lost else moments, lost)
 
     def _direction(self, h: Estimate) -> tuple[Tensor, Moments]:
         state = self.state
@@ -306,7 +293,6 @@ class Iteration:
             inner_last=self.inner.last,
             training=self.inner.training,
             lengths=lengths,
-            level=taken.level,
             moments=taken.moments,
             q=h.q,
             average=average,

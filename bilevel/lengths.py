@@ -12,7 +12,7 @@ from bilevel.rules import Line, Move
 SHRUNK = 32  # times shorter than the longest step: hardly ever without a kink
 BUDGET_KEPT = 0.95  # of what was gained, from one iteration to the next
 AFTER_LOSS, AFTER_REFUSAL = 0.95, 0.5  # shares of its length that a leap keeps
-EXACT = 6  # hypergradients of F itself in a row, after which long memory is of no harm
+EXACT = 8  # hypergradients of F itself in a row, after which long memory is of no harm
 LONG = 0.9  # memory then
 STRAIGHT = 0.1  # share by which g may be off where a leap leads: f is judged along y's tangent
 FARTHER = 2  # times as far as the last search, or it is no leap

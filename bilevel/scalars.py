@@ -12,7 +12,7 @@ from bilevel.alike import where
 from bilevel.lengths import Lengths
 from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise
-from bilevel.state import Level, State
+from bilevel.state import State
 
 
 class Scalars(NamedTuple):
@@ -24,7 +24,6 @@ class Scalars(NamedTuple):
         excess, excesses: of :class:`Noise`, the mean and its terms.
         signal, spread, slopes: of :class:`Agreement`, the two means and their terms.
         concave, halvings, exact: of :class:`Learned`, of which the rest is 0 where a graph is used.
-        level, weight: of :class:`Level`.
         longest, latest, budget, farthest: those of :class:`Lengths`.
     """
 
@@ -44,8 +43,6 @@ class Scalars(NamedTuple):
     concave: Any
     halvings: Any
     exact: Any
-    level: Any
-    weight: Any
     longest: Any
     latest: Any
     budget: Any
@@ -74,8 +71,6 @@ class Scalars(NamedTuple):
             concave=state.learned.concave,
             halvings=state.learned.halvings,
             exact=state.learned.exact,
-            level=state.level.mean,
-            weight=state.level.weight,
             **state.lengths._asdict(),
         )
 
@@ -99,7 +94,6 @@ class Scalars(NamedTuple):
             ),
             learned=Learned(self.concave, int(self.halvings), exact=int(self.exact)),
             lengths=self.lengths,
-            level=Level(self.level, self.weight),
         )
 
     # of 1 batch: how many there are is said beside these

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bilevel.alike import clamp
 from bilevel.average import Average
 from bilevel.layout import Layout, Variable
 from bilevel.lengths import Lengths
@@ -16,25 +15,7 @@ from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
 from bilevel.rules import Moments
 
-MEMORY = 0.9  # of inner losses, see :class:`Level`; OUTER: of outer ones
-OUTER = 0.8
-
-
-class Level(NamedTuple):
-    """How high losses were of late: C of Zhang & Hager 2004, a mean in which each counts ``memory``
-    times as much as the one after it, and Q, the sum of the weights. A search that may end there
-    goes farther along a valley than one that has to descend. Numbers, or tensors in a graph."""
-
-    mean: Any = 0.0
-    weight: Any = 0.0
-
-    def saw(self, loss: Any, memory: float) -> Level:
-        weight = memory * self.weight + 1
-        return Level(self.mean + (loss - self.mean) / weight, weight)
-
-    def above(self, loss: Any) -> Any:
-        """By how much, if it is."""
-        return clamp(self.mean - loss, 0.0)
+MEMORY = 0.9  # weight of the mean of inner losses, where a new one counts for 1
 
 
 class Training(NamedTuple):
@@ -42,12 +23,17 @@ class Training(NamedTuple):
 
     Attributes:
         moments: of the direction, shape of y.   last: what its step-size rule carries over.
-        level: of inner losses.
+        level: mean of the inner losses of late, C of Zhang & Hager 2004.   weight: their Q.
     """
 
     moments: Moments = Moments()
     last: float | None = None
-    level: Level = Level()
+    level: float = 0.0
+    weight: float = 0.0
+
+    def saw(self, value: float) -> Training:
+        weight = MEMORY * self.weight + 1
+        return self._replace(level=self.level + (value - self.level) / weight, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -64,8 +50,7 @@ class State:
         k: iterations so far.
         outer_last, inner_last: what the step-size rules carry over; None: nothing yet.
         training: of y, where it is trained as networks are.
-        lengths: of the steps of late.   level: of outer losses, where hypergradients are exact.
-        moments: of the direction, shape of x.
+        lengths: of the steps of late.   moments: of the direction, shape of x.
         q: the solution of the last linear system, shape of y; None where there is none.
         average: of the iterates; None where batches leave no noise.
         solver: that of the user, as :mod:`bilevel.inner_solver` keeps it.
@@ -82,7 +67,6 @@ class State:
     outer_last: float | None = None
     inner_last: float | None = None
     lengths: Lengths = Lengths()
-    level: Level = Level()
     moments: Moments = Moments()
     q: Tensor | None = field(default=None, repr=False)
     average: Average | None = field(default=None, repr=False)

@@ -213,13 +213,12 @@ def move(
     kappa: Tensor | float = 0.0,
     extrapolates: bool = False,
     leap: tuple[Tensor, Tensor] | None = None,
-    above: Tensor | float = 0.0,
 ) -> Found:
     """``rule`` along a :class:`bilevel.rules.Line`, as numbers of float64, after a leap over kinks
     is tried, if one is given: its length and by how much phi may rise."""
     nothing = torch.zeros((), dtype=torch.float64)
     if isinstance(rule, Armijo):
-        return search(rule, value, slope, phi, last, kappa, extrapolates, leap, above)
+        return search(rule, value, slope, phi, last, kappa, extrapolates, leap)
     still = nothing, nothing, nothing, nothing > 0, nothing
     if isinstance(rule, Fixed):
         return Found(nothing + schedule(rule.step, k, rule.decay), last, *still)
@@ -237,7 +236,6 @@ def search(
     kappa: Tensor | float,
     extrapolates: bool = False,
     leap: tuple[Tensor, Tensor] | None = None,
-    above: Tensor | float = 0.0,
 ) -> Found:
     """:meth:`Armijo.__call__`, its cases as masks and its trials as a loop of the graph; the first
     of them is a leap, see :func:`bilevel.lengths.leap`."""
@@ -245,7 +243,7 @@ def search(
     value, slope = value.double(), slope.double()
     sound = value.isfinite() & slope.isfinite()
     descends = sound & (slope < 0)
-    allowed = rounding + rule.slack * value.abs() + above
+    allowed = rounding + rule.slack * value.abs()
     start, far, brackets = _opening(rule, slope, rounding, last, extrapolates)
     c = rule.share(torch.as_tensor(kappa, dtype=torch.float64), brackets)
     nothing = torch.zeros_like(value)

@@ -34,8 +34,7 @@ class Trials:
     * 'frozen': y itself; blind where f depends on x through y alone.
 
     None is for rules that try nothing: they see <h, d> as the slope. ``rise`` is by how much f may
-    rise where y bends, see :class:`bilevel.lengths.Lengths`; ``above`` by how much it may be higher
-    along its tangent, too, see :class:`bilevel.state.Level`; ``margin`` by how much g may lose by
+    rise where y bends, see :class:`bilevel.lengths.Lengths`; ``margin`` by how much g may lose by
     y's following x: what inner steps gain again. A short way along w may lose where g has kinks.
     """
 
@@ -53,7 +52,6 @@ class Trials:
         first: bool,
         rise: float = 0.0,
         margin: float = 0.0,
-        above: float = 0.0,
     ) -> None:
         self._oracle, self._outer, self._inner = oracle, outer, inner
         (self.x, self.y), self.response = point, response
@@ -63,8 +61,7 @@ class Trials:
         self._bent: dict[float, Tensor] = {}
         self._follow = None
         self.apart: Tensor | float = math.nan  # see :class:`bilevel.hypergradients.Course`
-        self._kappa, self._first, self._margin = kappa, first, margin
-        self._rise, self._above = rise + above, above
+        self._kappa, self._first, self._rise, self._margin = kappa, first, rise, margin
         self.slope = torch.dot(h.direct if response == "frozen" else h.grad, d)
         if response == "tangent":
             self.slope, self.apart, self._follow = h.respond(d, first, margin)
@@ -75,7 +72,7 @@ class Trials:
         # base and trial on the same map y(t), or no t may do
         value = self.phi(0.0) if self.response == "refine" else self._h.value
         predicted = self._predicted if self._projects else None
-        return Line(value, self.slope, self.phi, predicted, self._kappa, True, self._above)
+        return Line(value, self.slope, self.phi, predicted, self._kappa, extrapolates=True)
 
     def reach(self, t: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """x(t) and y(t); y(t) is None where it cannot be had. A tensor t moves x alone."""

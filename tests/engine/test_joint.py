@@ -91,7 +91,7 @@ def test_a_batch_that_comes_twice_is_one():
         assert len(set(seen)) >= most
         (record,) = result.history
         # a look at both losses, y, f, and graphs; and those that a trial is judged by
-        assert record.gradients == 7 + most * (1 + record.outer_trials)
+        assert record.gradients == 8 + most * (1 + record.outer_trials)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own parts

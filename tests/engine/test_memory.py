@@ -10,8 +10,6 @@ import bilevel
 from bilevel.lag import SOLVED, is_exact
 from bilevel.lengths import EXACT, LONG, SHRUNK, Lengths
 from bilevel.linear import CONCAVE, Learned
-from bilevel.state import OUTER, Level
-from bilevel.trials import Trials
 
 SCALES = torch.linspace(1, 3, 6, dtype=torch.float64)
 MIX = torch.linspace(-1, 1, 24, dtype=torch.float64).mul(3).sin().view(4, 6)
@@ -107,46 +105,6 @@ def test_of_others_nothing_is_said(options):
     rest = {name: value for name, value in options.items() if name not in names}
     seen = memories(method=bilevel.bisls(**settings), **rest)
     assert not any(state.learned.exact >= EXACT for _, state in seen)
-
-
-def test_f_may_be_as_high_as_of_late():
-    """Where hypergradients are exact, and the search is told by how much that is."""
-    history, states, seen = [], [], []
-    made = Trials.line.fget
-
-    def line(trials):
-        seen.append((made(trials).above, trials._rise))
-        return made(trials)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trials, "line", property(line))
-        memories(callback=lambda state, record: states.append(state) or history.append(record))
-    mean = weight = 0.0
-    before, found = Learned(), False
-    for k, (state, record) in enumerate(zip(states, history, strict=True)):
-        if before.exact >= EXACT:
-            mean = (OUTER * weight * mean + record.outer_loss) / (OUTER * weight + 1)
-            weight = OUTER * weight + 1
-        assert state.level == pytest.approx((mean, weight), rel=1e-12)
-        above = max(mean - record.outer_loss, 0.0) if weight else 0.0
-        assert seen[k] == pytest.approx((above, above), abs=1e-14)
-        before, found = state.learned, found or above > 1e-6
-    assert found and weight > 1
-
-
-def test_what_f_may_rise_by_where_y_bends():
-    """By so much more than along the tangent, which such a search goes by as well."""
-    method, problem = bilevel.bisls(hypergradient=CLOSE), bilevel.Problem(outer, inner)
-    state = method.init(START, torch.zeros(6, dtype=torch.float64))
-    for _ in range(10):
-        state, _ = method.step(problem, state, None, 40)
-    low, high = (replace(state, level=Level(mean, 1e9)) for mean in (-9.0, 9.0))
-    steps = [method.step(problem, given, None, 40)[1] for given in (low, high)]
-    assert [record.outer_trials for record in steps][1] == 1  # anything will do
-    assert steps[1].outer_step == pytest.approx(1.2 * state.outer_last)
-    inexact = replace(high, learned=Learned())
-    after, record = method.step(problem, inexact, None, 40)
-    assert after.level == Level() and record.outer_loss == steps[0].outer_loss
 
 
 def test_one_that_is_not_begins_the_count_anew():

@@ -577,7 +577,7 @@ def test_inner_solver_that_searches_draws_once():
     x, y = t([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.float64)
     oracle = make_oracle(Problem(lambda x, y: y.sum(), inner), Layout(x, "x"), Layout(y, "y"))
     torch.manual_seed(0)
-    run_solver(optim.SLS, oracle, x, y, [Draw() for _ in range(3)], None)
+    run_solver(optim.SLS, oracle, x, y, [Draw() for _ in range(3)], None, tells=False)
     after = torch.get_rng_state()
     torch.manual_seed(0)
     drawn = [torch.rand(3, dtype=torch.float64) for _ in range(3)]

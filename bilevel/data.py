@@ -239,16 +239,16 @@ class Cycle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the global generators are left as they are."""
         present = all_generators(CPU)
-        now = self._state()
-        if set(state) - {"ahead"} != set(now):
+        keeps = hasattr(self.data, "load_state_dict")  # a position of its own
+        if ("data" in state, "passes" in state) != (keeps, not (keeps or self._listed)):
             raise ValueError(
                 f"{self.name} is a {type(self.data).__name__}, but the checkpoint was written with "
                 f"data that keeps its position otherwise (a list, a DataLoader and data with a "
                 f"state_dict differ); resume with the data of the interrupted run."
             )
-        if state.get("length") != now.get("length"):
+        if not keeps and state["length"] != self.length:
             raise ValueError(
-                f"{self.name} has {now['length']} batches, but had {state['length']} when the "
+                f"{self.name} has {self.length} batches, but had {state['length']} when the "
                 f"checkpoint was written; resume with the data of the interrupted run."
             )
         self._ahead.clear()

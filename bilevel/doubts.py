@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from statistics import fmean, stdev
+
+import torch
 
 from bilevel.lag import SOLVED, WAITS
 from bilevel.record import Record
@@ -70,10 +71,12 @@ def _away(history: list[Record]) -> str | None:
     lags = [r.lag for r in last if r.lag is not None and (r.residual or 0) <= SOLVED]
     if len(lags) < WAITS:
         return None
-    losses = [r.outer_loss for r in last]
-    lag, gained = fmean(lags), _mean(history[:FIRST]) - fmean(losses)
-    noise = 3 * max(_error(lags), _error(losses))
-    if not abs(lag) > max(AWAY * abs(gained), SMALL * abs(fmean(losses)), noise):
+    before, _ = _mean(_losses(history[:FIRST]))
+    after, noise = _mean(_losses(last))
+    lag, error = _mean(lags)
+    gained = before - after
+    told = abs(lag) > AWAY * abs(gained) and abs(lag) > 3 * error and abs(lag) > 3 * noise
+    if not (told and abs(lag) > SMALL * abs(after)):
         return None
     return (
         f"y ended so far from y*(x) that f is other by about {abs(lag):.2g} there, where the run "
@@ -88,9 +91,9 @@ def _risen(history: list[Record]) -> str | None:
     first, last = _quarters(history)
     if min(len(first), len(last)) < WAITS:
         return None
-    early, late = ([r.outer_loss for r in part] for part in (first, last))
-    before, after = _mean(first), _mean(last)
-    told = after - before > 3 * (_error(early) + _error(late)) or min(late) > max(early)
+    early, late = _losses(first), _losses(last)
+    (before, one), (after, other) = _mean(early), _mean(late)
+    told = after - before > 3 * (one + other) or min(late) > max(early)
     most = max(abs(r.outer_loss) for r in history if math.isfinite(r.outer_loss))
     if not (told and after - before > max(SMALL * abs(before), ROUNDING * most)):
         return None
@@ -111,10 +114,12 @@ def _quarters(history: list[Record]) -> tuple[list[Record], list[Record]]:
     return first, last
 
 
-def _mean(records: list[Record]) -> float:
-    return fmean(r.outer_loss for r in records) if records else math.nan
+def _losses(records: list[Record]) -> list[float]:
+    return [r.outer_loss for r in records]
 
 
-def _error(numbers: Sequence[float]) -> float:
-    """Standard error of their mean."""
-    return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+def _mean(numbers: Sequence[float]) -> tuple[float, float]:
+    """Their mean and its standard error; not finite, rather than an exception, where they are huge:
+    a run that has diverged keeps its result."""
+    held = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return float(held.mean()), float(held.std()) / math.sqrt(len(numbers))

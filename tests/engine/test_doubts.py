@@ -222,6 +222,13 @@ def test_a_loss_that_rises_is_told():
     doubts.tell(records(np.linspace(2, 3, 36).tolist()), True)
 
 
+def test_numbers_that_overflow_end_no_run():
+    """What a diverged run is told of it must not cost its result."""
+    for losses in ([1e308] * 60, [1e308, -1e308] * 30):
+        for lag in ([0.0] * 60, losses, [math.inf] * 60, [math.nan] * 60):
+            doubts.tell(records(losses, lag=lag), False)
+
+
 def test_noise_is_no_rise():
     """Of a thousand runs that stand still, none."""
     for seed in range(1000):

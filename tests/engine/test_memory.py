@@ -10,14 +10,11 @@ import bilevel
 from bilevel.lag import SOLVED, is_exact
 from bilevel.lengths import EXACT, LONG, SHRUNK, Lengths
 from bilevel.linear import CONCAVE, Learned
+from tests.tables import t
 
 SCALES = torch.linspace(1, 3, 6, dtype=torch.float64)
 MIX = torch.linspace(-1, 1, 24, dtype=torch.float64).mul(3).sin().view(4, 6)
 START = torch.zeros(4, dtype=torch.float64)
-
-
-def t(number):
-    return torch.tensor(float(number), dtype=torch.float64)
 
 
 def inner(x, y, batch=1.0):

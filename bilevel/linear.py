@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel import require
+from bilevel.compare import everywhere
 from bilevel.distributed import Ranks
 
 Product = Callable[..., Tensor]
@@ -122,12 +123,6 @@ def curvature(product: Product, b: Tensor, products: int = 8) -> Tensor:
     ritz, vectors = lanczos.ritz()
     bounds = ritz.abs() + lanczos.betas[-1] * vectors[-1].abs()
     return bounds.max()
-
-
-def everywhere(like: Tensor) -> Tensor:
-    """A vector of length 1 that has every coordinate, of no pattern."""
-    v = torch.arange(like.numel(), dtype=torch.float64, device=like.device).square().cos().to(like)
-    return v / _norm(v)
 
 
 class Lanczos:

@@ -7,6 +7,7 @@ y, g, beta the inner (lower) ones. g_yy is a Hessian block, g_xy u its product w
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bilevel import require
+from bilevel.compare import are_apart, beside
+from bilevel.joined import MOST_ENTRIES, NEVER, Largest, joined
 from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
@@ -120,6 +123,9 @@ class Joint(Draw):
     def __init__(self, draws: Sequence[Draw]) -> None:
         super().__init__()
         self._draws = draws
+        # those that the loss is computed on: one of all the rows, where it is the same; None: not
+        # looked at yet
+        self.parts: Sequence[Draw] | None = None
 
     @property
     def draws(self) -> Sequence[Draw]:
@@ -252,8 +258,10 @@ class Oracle:
         return value
 
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        if isinstance(draw, Joint):
-            return torch.stack([self._loss(level, x, y, d) for d in draw.draws]).mean()
+        parts = self._parts(level, x, y, draw)
+        if len(parts) > 1:
+            return torch.stack([self._loss(level, x, y, part) for part in parts]).mean()
+        draw = parts[0]
         batch = self._batch(level, draw)
         if level == "outer" or x.requires_grad:
             value = self.replayed(level, draw, self.call, level, x, y, batch)
@@ -280,6 +288,57 @@ class Oracle:
                 f"floating one; compute it from x and y with differentiable functions.",
             )
         return value
+
+    def _parts(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Sequence[Draw]:
+        """The draws that a loss is the mean of on this one: where it is the same, one of all of the
+        rows, which takes the dispatch of one."""
+        if not isinstance(draw, Joint):
+            return draw.draws
+        if draw.parts is None:
+            draw.parts = self._joined(level, x, y, draw.draws)
+        return draw.parts
+
+    def _joined(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
+        habit, kind = self.problem.habit, (level, len(draws))
+        if level in habit.random or habit.joins.get(kind) == NEVER:
+            return draws
+        batch = joined([draw.batch for draw in draws])
+        if batch is None:
+            return draws
+        whole, times = Draw(batch), habit.joins.get(kind, 0) + 1
+        # at the start weights may be equal, and hide that they are normalised within a batch
+        if times & (times - 1) == 0 and not self._is_mean(level, x, y, whole, draws):
+            times = NEVER
+        habit.joins[kind] = times
+        return draws if times == NEVER else (whole,)
+
+    def _is_mean(
+        self, level: str, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]
+    ) -> bool:
+        """Whether a loss of all rows is the mean of those of the draws, and so are its gradients,
+        and whether it is small enough for one evaluation to be faster than several."""
+        cost, self.cost = self.cost, Cost()  # a look, no work of the run
+        y = beside(y)  # at 0 all rows may tell the same
+
+        def look(draw: Draw) -> tuple[Tensor, Tensor]:
+            value, gradients = self.dependence(level, x, y, draw)
+            pairs = zip(gradients, (x, y), strict=True)
+            return value, torch.cat([torch.zeros_like(v) if g is None else g for g, v in pairs])
+
+        try:
+            with Largest() as largest:
+                value, gradient = look(whole)
+            if largest.entries > MOST_ENTRIES.get(y.device.type, math.inf):
+                return False
+            values, gradients = map(torch.stack, zip(*map(look, draws), strict=True))
+        except Exception:  # it may be made for batches of their size
+            return False
+        finally:
+            self.cost = cost
+        size = torch.maximum(torch.linalg.vector_norm(gradients, dim=1).max(), values.abs().max())
+        pairs = (value, values.mean()), (gradient, gradients.mean(0))
+        sound = (size + value + gradient.sum()).isfinite()
+        return bool(sound) and not any(are_apart(*pair, size) for pair in pairs)
 
     def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
         """Of a batch that comes more than once, the first draw; all where g is another in each."""
@@ -345,9 +404,10 @@ class Oracle:
         self, x: Tensor, y: Tensor, other: Tensor, draw: Draw
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g and g_y, and g at another y; what y does not enter is done once a draw."""
-        each = [
-            (*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in draw.draws
-        ]
+        parts = self._parts("inner", x, y, draw)
+        if len(parts) < len(draw.draws):  # its count is that of all
+            return (*self.inner_gradient(x, y, draw), self.value("inner", x, other, draw))
+        each = [(*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in parts]
         if len(each) == 1:
             return each[0]
         value, gy, there = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))

@@ -42,6 +42,8 @@ class Habit:
             memory that is written where torch does not see it (``.data``, NumPy).
         recorded: whether a loss is another one where no graph is recorded, as where it asks which
             parameters require gradients.
+        joins: of a level and a number of batches, how often they were evaluated as one; see
+            :meth:`bilevel.problem.Oracle._joined`.
     """
 
     pays: bool | None = None
@@ -51,6 +53,7 @@ class Habit:
     random: set[str] = field(default_factory=set)
     proven: bool = False
     recorded: bool = False
+    joins: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 T = TypeVar("T")
@@ -111,7 +114,15 @@ class Reuse:
         return value
 
 
-class Kept(TorchDispatchMode):
+class Watching(TorchDispatchMode):
+    """A mode that keeps torch's compiler out, which it would import, and take seconds for."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return "torch._dynamo" in sys.modules
+
+
+class Kept(Watching):
     """Results of operations, had again for the same operands: in the same memory, which nobody
     has written into since.
 
@@ -133,17 +144,12 @@ class Kept(TorchDispatchMode):
         self._varying = {_memory(y)}
         return self
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Whether to keep torch's compiler out, which would import it and take seconds."""
-        return "torch._dynamo" in sys.modules
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         self.operations += 1
-        operands = [*_tensors(args), *_tensors(kwargs.values())]
+        operands = [*tensors(args), *tensors(kwargs.values())]
         self.largest = max(self.largest, *(t.numel() for t in operands), 0)
         varying = self._varying
         fixed = all(
@@ -157,7 +163,7 @@ class Kept(TorchDispatchMode):
                 self.hits += 1
                 return found.value
         value = func(*args, **kwargs)
-        results = list(_tensors((value,)))
+        results = list(tensors((value,)))
         if not all(map(_plain, results)):
             return value
         memories = map(_memory, results)
@@ -184,12 +190,12 @@ class _Result(NamedTuple):
         )
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _plain(t: Tensor) -> bool:

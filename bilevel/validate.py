@@ -10,19 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bilevel.compare import are_apart, beside, length
 from bilevel.layout import Layout, leaves
-from bilevel.linear import everywhere
 from bilevel.problem import Draw, Oracle
 from bilevel.require import is_told, shown
 
 T = TypeVar("T")
 
-SMALL = 0.01  # size of a loss below which differences are rounding as of this one
 OTHER = 0.02  # share by which a loss may change otherwise than its gradient says
 EXACT = 1e-6  # precision, or better, in which that can be told
 # what a loss raises that is defined at the start, and not beside it
 ELSEWHERE = (ValueError, ArithmeticError, AssertionError, torch.linalg.LinAlgError)
-APART = 8  # times as far from x and y as the difference is long: off the kinks of zeros
 
 
 def describe(value: Any) -> str:
@@ -123,7 +121,7 @@ def _compare(
         # near y*(x) the parts of a gradient cancel, of which the loss tells the size
         size = torch.maximum(torch.linalg.vector_norm(gy), value.abs())
         pairs = [(other, gy, size), *((number, value, value.abs()) for number in values)]
-        return any(_apart(*pair) for pair in pairs)
+        return any(are_apart(*pair) for pair in pairs)
 
     if differ():  # it may ask what requires gradients; then it is to be asked so every time
         oracle.problem.habit.recorded = True
@@ -135,13 +133,6 @@ def _compare(
                 f"or a torch.Generator of its own; and let it change nothing that it is given or "
                 f"remembers."
             )
-
-
-def _apart(a: Tensor, b: Tensor, size: Tensor) -> bool:
-    """Whether two numbers, or vectors, of parts of that size differ by more than rounding."""
-    most = torch.finfo(b.dtype).eps ** 0.5 * size.clamp_min(SMALL)
-    apart = torch.linalg.vector_norm(a - b)
-    return bool(apart.isfinite() & (apart > most))
 
 
 def _versions(batch: Any) -> list[tuple[str, Tensor, int]]:
@@ -173,11 +164,11 @@ def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> tuple
     eps = torch.finfo(y.dtype).eps
     if eps > EXACT:
         return None
-    lengths = {"y": _length(y)}
-    y = y + APART * lengths["y"] * everywhere(y)
+    lengths = {"y": length(y)}
+    y = beside(y)
     if oracle.problem.project is None:  # otherwise x may have to be where it is
-        lengths["x"] = _length(x)
-        x = x + APART * lengths["x"] * everywhere(x)
+        lengths["x"] = length(x)
+        x = beside(x)
     gradients = oracle.outer_gradients if level == "outer" else oracle.inner_gradients
     value, gx, gy = gradients(x, y, draw)
     ways = {"y": (torch.zeros_like(x), gy), "x": (gx, torch.zeros_like(y))}
@@ -197,12 +188,6 @@ def _seen(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> tuple
         if off > OTHER and abs(far - near) < off / 10:
             return name, near
     return None
-
-
-def _length(v: Tensor) -> Tensor:
-    """Of a central difference from there."""
-    step: Tensor = torch.finfo(v.dtype).eps ** (1 / 3) * (1 + torch.linalg.vector_norm(v))
-    return step
 
 
 def _tell_hidden(oracle: Oracle, level: str, x: Tensor, y: Tensor, draw: Draw) -> None:

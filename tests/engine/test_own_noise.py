@@ -12,6 +12,7 @@ from torch import Tensor
 import bilevel
 from bilevel import Problem
 from bilevel.average import Average
+from bilevel.joined import NEVER
 from bilevel.noise import Agreement, Noise
 from tests.engine.test_agreement import EXACT, H, J, X, Y
 
@@ -58,6 +59,13 @@ def test_it_is_seen_which_loss_draws() -> None:
         assert problem.habit.random == random
 
 
+def each_alone(outer: Any, inner: Any) -> Problem:
+    """Two batches are evaluated one after the other, as two draws are: the same to the last bit."""
+    problem = Problem(outer, inner)
+    problem.habit.joins.update({("outer", 2): NEVER, ("inner", 2): NEVER})
+    return problem
+
+
 def test_a_step_is_that_on_as_many_batches() -> None:
     """Two draws of f, and one that judges them: as with the same numbers given as batches."""
     method = replace(bilevel.bisls("adam", hypergradient=EXACT), inner_solver=lambda x, y, b: J @ x)
@@ -70,7 +78,7 @@ def test_a_step_is_that_on_as_many_batches() -> None:
     new, record = method.step(problem, state, None, 1)
     first, *others = loss.drawn
     assert len(others) == 2 and record.outer_batches == 2
-    given, plain = method.step(Problem(outer, still), state, first, 1, None, others)
+    given, plain = method.step(each_alone(outer, still), state, first, 1, None, others)
     assert all(torch.equal(a, b) for a, b in zip(new.vectors, given.vectors, strict=True))
     assert new.agreement == given.agreement and new.agreement.terms == 1
     assert replace(record, seconds=0.0) == replace(plain, seconds=0.0)
@@ -88,7 +96,7 @@ def test_a_hypergradient_is_that_of_as_many_draws() -> None:
     new, record = method.step(problem, state, None, 1)
     assert len(loss.drawn) == 3 and record.hessian_batches == 2
     given, plain = method.step(
-        Problem(problem.outer, inner), state, None, [loss.drawn[0]], loss.drawn
+        each_alone(problem.outer, inner), state, None, [loss.drawn[0]], loss.drawn
     )
     assert all(torch.equal(a, b) for a, b in zip(new.vectors, given.vectors, strict=True))
     assert new.noise == given.noise and new.noise.terms == 1

@@ -54,7 +54,7 @@ def measure(name: str, size: int, batches: int, repeats: int) -> dict[str, Any]:
     point = layouts[0].flatten(x), layouts[1].flatten(y)
     data = [(torch.randn(size, *shape), torch.randint(10, (size,))) for _ in range(batches)]
     oracles = {way: Oracle(Problem(inner, inner), *layouts) for way in ("joined", "each")}
-    oracles["each"].problem.habit.joins["inner", batches] = joined.NEVER
+    oracles["each"].problem.habit.joins["inner", batches] = joined.Joins(1)
     u = torch.randn_like(point[1])
 
     def run(way: str) -> float:

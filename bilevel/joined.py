@@ -5,8 +5,9 @@ A product of a small problem takes the time of its dispatch, eight batches that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,23 @@ from bilevel.reuse import Watching, tensors
 # entries of the largest tensor of the loss of all the rows: beyond, caches of a core no longer hold
 # them, and several batches are as fast or faster (`python -m benchmarks joined`)
 MOST_ENTRIES = {"cpu": 2**20}
-NEVER = -1  # instead of a number of times
+
+
+class Joins(NamedTuple):
+    """Of a loss and a number of batches.
+
+    Attributes:
+        batches: how many are evaluated as one; 1: none.   times: that they were.
+    """
+
+    batches: int
+    times: int = 0
+
+    @property
+    def looks(self) -> bool:
+        """Whether to see that it is so: at the times 1, 2, 4, 8, ... of them. At the start all
+        weights may be equal, and hide that they are normalised within a batch."""
+        return self.times + 1 & self.times == 0
 
 
 def joined(batches: Sequence[Any]) -> Any:
@@ -54,3 +71,8 @@ class Largest(Watching):
         made = func(*args, **(kwargs or {}))
         self.entries = max(self.entries, *(t.numel() for t in tensors((made,))), 0)
         return made
+
+    def batches(self, count: int, device: torch.device) -> int:
+        """How many of so many batches, whose rows it was, are few enough: a divisor."""
+        most = MOST_ENTRIES.get(device.type, math.inf) * count / self.entries
+        return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(most, 1))

@@ -7,7 +7,6 @@ y, g, beta the inner (lower) ones. g_yy is a Hessian block, g_xy u its product w
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,7 @@ from torch.func import functional_call
 
 from bilevel import require
 from bilevel.compare import are_apart, beside
-from bilevel.joined import MOST_ENTRIES, NEVER, Largest, joined
+from bilevel.joined import Joins, Largest, joined
 from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
@@ -83,18 +82,15 @@ class Draw:
     global generators advance as if each draw had been evaluated once.
     """
 
-    def __init__(self, batch: Any = None) -> None:
+    def __init__(self, batch: Any = None, count: int = 1) -> None:
         self.batch = batch
+        self.count = count  # batches that its evaluation counts for
         self._before: list[Tensor] | None = None
         self.random = False  # whether its evaluation draws random numbers
 
     @property
     def draws(self) -> Sequence[Draw]:
         return (self,)
-
-    @property
-    def count(self) -> int:
-        return len(self.draws)
 
     def evaluate(self, randomness: Randomness, function: Callable[[], Any]) -> Any:
         if self._before is None:
@@ -121,9 +117,9 @@ class Joint(Draw):
     """Several draws as one: the loss is the mean of theirs."""
 
     def __init__(self, draws: Sequence[Draw]) -> None:
-        super().__init__()
+        super().__init__(count=len(draws))
         self._draws = draws
-        # those that the loss is computed on: one of all the rows, where it is the same; None: not
+        # what the loss is computed on: fewer of the same rows, where it is the same; None: not
         # looked at yet
         self.parts: Sequence[Draw] | None = None
 
@@ -290,8 +286,8 @@ class Oracle:
         return value
 
     def _parts(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Sequence[Draw]:
-        """The draws that a loss is the mean of on this one: where it is the same, one of all of the
-        rows, which takes the dispatch of one."""
+        """The draws that a loss is the mean of on this one: of several batches each, where it says
+        the same of all their rows, since that takes the dispatch of one."""
         if not isinstance(draw, Joint):
             return draw.draws
         if draw.parts is None:
@@ -299,24 +295,28 @@ class Oracle:
         return draw.parts
 
     def _joined(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
-        habit, kind = self.problem.habit, (level, len(draws))
-        if level in habit.random or habit.joins.get(kind) == NEVER:
+        joins, kind, m = self.problem.habit.joins, (level, len(draws)), len(draws)
+        known = joins.get(kind, Joins(m))
+        if level in self.problem.habit.random or known.batches == 1:
             return draws
-        batch = joined([draw.batch for draw in draws])
-        if batch is None:
+        if known.looks:
+            whole = joined([draw.batch for draw in draws])
+            if whole is None:
+                return draws
+            known = known._replace(batches=self._as_one(level, x, y, Draw(whole), draws))
+        joins[kind] = known._replace(times=known.times + 1)
+        size = known.batches
+        if size == 1:
             return draws
-        whole, times = Draw(batch), habit.joins.get(kind, 0) + 1
-        # at the start weights may be equal, and hide that they are normalised within a batch
-        if times & (times - 1) == 0 and not self._is_mean(level, x, y, whole, draws):
-            times = NEVER
-        habit.joins[kind] = times
-        return draws if times == NEVER else (whole,)
+        groups = [[draw.batch for draw in draws[i : i + size]] for i in range(0, m, size)]
+        wholes = [joined(group) for group in groups]
+        if any(whole is None for whole in wholes):
+            return draws
+        return [Draw(whole, size) for whole in wholes]
 
-    def _is_mean(
-        self, level: str, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]
-    ) -> bool:
-        """Whether a loss of all rows is the mean of those of the draws, and so are its gradients,
-        and whether it is small enough for one evaluation to be faster than several."""
+    def _as_one(self, level: str, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]) -> int:
+        """How many of the batches are to be evaluated as one: as many as are small enough for that
+        to be faster; 1 where the loss of all rows is not the mean of theirs, with its gradients."""
         cost, self.cost = self.cost, Cost()  # a look, no work of the run
         y = beside(y)  # at 0 all rows may tell the same
 
@@ -328,17 +328,17 @@ class Oracle:
         try:
             with Largest() as largest:
                 value, gradient = look(whole)
-            if largest.entries > MOST_ENTRIES.get(y.device.type, math.inf):
-                return False
             values, gradients = map(torch.stack, zip(*map(look, draws), strict=True))
         except Exception:  # it may be made for batches of their size
-            return False
+            return 1
         finally:
             self.cost = cost
         size = torch.maximum(torch.linalg.vector_norm(gradients, dim=1).max(), values.abs().max())
-        pairs = (value, values.mean()), (gradient, gradients.mean(0))
         sound = (size + value + gradient.sum()).isfinite()
-        return bool(sound) and not any(are_apart(*pair, size) for pair in pairs)
+        pairs = (value, values.mean()), (gradient, gradients.mean(0))
+        if not sound or any(are_apart(*pair, size) for pair in pairs):
+            return 1
+        return largest.batches(len(draws), y.device)
 
     def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
         """Of a batch that comes more than once, the first draw; all where g is another in each."""
@@ -405,8 +405,6 @@ class Oracle:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g and g_y, and g at another y; what y does not enter is done once a draw."""
         parts = self._parts("inner", x, y, draw)
-        if len(parts) < len(draw.draws):  # its count is that of all
-            return (*self.inner_gradient(x, y, draw), self.value("inner", x, other, draw))
         each = [(*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in parts]
         if len(each) == 1:
             return each[0]

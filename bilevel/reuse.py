@@ -42,8 +42,7 @@ class Habit:
             memory that is written where torch does not see it (``.data``, NumPy).
         recorded: whether a loss is another one where no graph is recorded, as where it asks which
             parameters require gradients.
-        joins: of a level and a number of batches, how often they were evaluated as one; see
-            :meth:`bilevel.problem.Oracle._joined`.
+        joins: of a level and a number of batches, their :class:`bilevel.joined.Joins`.
     """
 
     pays: bool | None = None
@@ -53,7 +52,7 @@ class Habit:
     random: set[str] = field(default_factory=set)
     proven: bool = False
     recorded: bool = False
-    joins: dict[tuple[str, int], int] = field(default_factory=dict)
+    joins: dict[tuple[str, int], Any] = field(default_factory=dict)
 
 
 T = TypeVar("T")

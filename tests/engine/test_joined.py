@@ -91,7 +91,7 @@ def test_a_mean_over_rows_is_evaluated_once():
 
 def test_counters_count_the_batches():
     _, plain = oracle_of(mean)
-    plain.problem.habit.joins["inner", 3] = joined.NEVER
+    plain.problem.habit.joins["inner", 3] = joined.Joins(1)
     _, oracle = oracle_of(mean)
     for each in (plain, oracle):
         derivatives(each, X, Y, together(each))
@@ -137,7 +137,7 @@ def test_what_is_no_mean_over_rows_is_left_as_it_is(loss, start):
     for _ in range(2):
         assert agree(derivatives(oracle, x, y, together(oracle)), mean_of_each(loss, x, y))
         assert watched.rows == 8
-    assert oracle.problem.habit.joins == {("inner", 3): joined.NEVER}
+    assert oracle.problem.habit.joins["inner", 3].batches == 1
 
 
 def test_it_is_looked_at_again():
@@ -186,6 +186,24 @@ def test_not_where_tensors_leave_the_caches(monkeypatch):
     watched, oracle = oracle_of(mean)
     oracle.inner_gradient(X, Y, together(oracle))
     assert watched.rows == 24
+
+
+@pytest.mark.parametrize(
+    "most, rows", [(0, 4), (39, 4), (40, 8), (59, 8), (60, 12), (119, 12), (120, 24)]
+)
+def test_as_many_as_the_caches_hold(monkeypatch, most, rows):
+    """Groups of one size, or their mean would weigh some more."""
+    monkeypatch.setitem(joined.MOST_ENTRIES, "cpu", most)
+    parts = [(ROWS[i : i + 4], LABELS[i : i + 4], PLACES[i : i + 4]) for i in range(0, 24, 4)]
+    watched, oracle = oracle_of(mean)
+    _, plain = oracle_of(mean)
+    plain.problem.habit.joins["inner", 6] = joined.Joins(1)
+    for _ in range(3):
+        found, expected = (
+            derivatives(o, X, Y, o.joint([Draw(part) for part in parts])) for o in (oracle, plain)
+        )
+        assert agree(found, expected) and watched.rows == rows
+    assert oracle.cost == plain.cost
 
 
 def test_an_interrupted_look_is_none():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bilevel
 from benchmarks.report import write
 from bilevel.problem import Problem
+from bilevel.reuse import Keeping
 from tasks.models import lenet_features
 
 
@@ -51,7 +52,7 @@ def measure(side: int, kind: str, options: argparse.Namespace) -> dict[str, floa
     method = bilevel.bisls()
     features = lenet_features((1, side, side)).to(options.device)
     problems = {True: Problem(outer, inner), False: Problem(outer, inner)}
-    problems[False].habit.pays = False
+    problems[False].habit.keeping = {level: Keeping(pays=False) for level in ("outer", "inner")}
     state = method.init(features, torch.zeros(84, 10, device=options.device))
     for _ in range(3):  # from where steps have found their length
         state, _ = method.step(problems[True], state, first, batches)
@@ -68,5 +69,5 @@ def measure(side: int, kind: str, options: argparse.Namespace) -> dict[str, floa
         "times faster": statistics.median(ratios),
         "min": ratios[0],
         "max": ratios[-1],
-        "pays": str(problems[True].habit.pays),
+        "pays": str(problems[True].habit.keeping["inner"].pays),
     }

@@ -183,7 +183,7 @@ class Oracle:
             )
         self.problem, self.x, self.y = problem, x, y
         self.cost = Cost()
-        self._reuse = Reuse(problem.habit)
+        self._reuse = {level: Reuse(problem.habit, level) for level in ("outer", "inner")}
         self._randomness = Randomness(y.device)
         self._pair = _Pair(x, y) if x.module is not None or y.module is not None else None
 
@@ -259,11 +259,12 @@ class Oracle:
             return torch.stack([self._loss(level, x, y, part) for part in parts]).mean()
         draw = parts[0]
         batch = self._batch(level, draw)
-        if level == "outer" or x.requires_grad:
+        if x.requires_grad:
             value = self.replayed(level, draw, self.call, level, x, y, batch)
         else:
             loss = partial(self.call, level, x, y, batch)
-            value = self.replayed(level, draw, self._reuse.evaluate, x, y, draw.batch, loss)
+            evaluate = self._reuse[level].evaluate
+            value = self.replayed(level, draw, evaluate, x, y, draw.batch, loss)
         if not isinstance(value, Tensor) or value.dim() != 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
             raise told(

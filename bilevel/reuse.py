@@ -23,34 +23,55 @@ from torch.utils.flop_counter import flop_registry
 WORTH = {"cpu": 1e6}
 WORTH_ELSEWHERE = 1e9
 PLAIN = (Tensor, nn.Parameter)  # others may be anything
-MOST_ONCE = 3  # pairs of x and batch evaluated but once, after which nothing is kept
+MOST_ONCE = 3  # pairs of x and batch evaluated but once, after which some go unwatched
+MOST_RESTS = 2**10  # of those at most, at a time
+
+
+@dataclass
+class Keeping:
+    """Of one of the losses: whether keeping results pays.
+
+    Attributes:
+        pays: whether it does; not where y enters nearly everything, and where the work is small
+            beside watching it. None: not known yet.
+        once: watched pairs of x and batch in a row at which the loss was evaluated once, as by
+            fixed steps, in a first look, or in a first search.
+        rests: pairs to come that are not watched: the more, the longer that has been so.
+        proven: whether a value with kept results has once been compared with one without, for
+            memory that is written where torch does not see it (``.data``, NumPy).
+    """
+
+    pays: bool | None = None
+    once: int = 0
+    rests: int = 0
+    proven: bool = False
+
+    def saw(self, hits: int) -> None:
+        """A pair at which so many results were had again."""
+        self.once = 0 if hits else self.once + 1
+        self.rests = min(2 ** (self.once - 2), MOST_RESTS) if self.once >= MOST_ONCE else 0
 
 
 @dataclass
 class Habit:
-    """What the first evaluations of a loss have shown.
+    """What the first evaluations of the losses have shown.
 
     Attributes:
-        pays: whether keeping results does; not where y enters nearly everything, where the work is
-            small beside watching it, and where every function is evaluated once, as by fixed
-            steps. None: not known yet.
-        once: pairs of x and batch in a row at which the loss was evaluated once.
-        largest: entries of the largest tensor in the loss. None: not known.
+        keeping: of each level.
+        largest: entries of the largest tensor in the inner loss. None: not known.
         differentiates: whether a loss takes derivatives itself, as of a network by its inputs.
         random: levels whose loss draws random numbers.
-        proven: whether a value with kept results has once been compared with one without, for
-            memory that is written where torch does not see it (``.data``, NumPy).
         recorded: whether a loss is another one where no graph is recorded, as where it asks which
             parameters require gradients.
         joins: of a level and a number of batches, their :class:`bilevel.joined.Joins`.
     """
 
-    pays: bool | None = None
-    once: int = 0
+    keeping: dict[str, Keeping] = field(
+        default_factory=lambda: {level: Keeping() for level in ("outer", "inner")}
+    )
     largest: int | None = None
     differentiates: bool = False
     random: set[str] = field(default_factory=set)
-    proven: bool = False
     recorded: bool = False
     joins: dict[tuple[str, int], Any] = field(default_factory=dict)
 
@@ -76,41 +97,46 @@ def without_graph(known: Differentiating, loss: Callable[[], T]) -> T:
 
 
 class Reuse:
-    """Evaluates a loss, keeping what y does not enter until the next x or batch."""
+    """Evaluates one of the losses, keeping what y does not enter until the next x or batch."""
 
-    def __init__(self, habit: Habit) -> None:
-        self._habit = habit
+    def __init__(self, habit: Habit, level: str) -> None:
+        self._habit, self._level = habit, level
         self._at: tuple[Tensor, Any] | None = None
         self._kept: Kept | None = None
 
     def evaluate(self, x: Tensor, y: Tensor, batch: Any, loss: Callable[[], Tensor]) -> Tensor:
         """``loss()``; of the same x and batch, the very objects, what is kept is not done again."""
-        habit = self._habit
-        if habit.pays is False:
+        habit, keeping = self._habit, self._habit.keeping[self._level]
+        if keeping.pays is False:
             return loss()
+        if self._at is None or self._at[0] is not x or self._at[1] is not batch:
+            self._next((x, batch), keeping)
         kept = self._kept
-        if kept is None or self._at is None or self._at[0] is not x or self._at[1] is not batch:
-            if kept is not None:
-                habit.once = 0 if kept.hits else habit.once + 1
-            kept = Kept()
-            self._at, self._kept = (x, batch), kept
+        if kept is None:
+            return loss()
         with kept.apart_from(y):
             value = loss()
-        if kept.hits and not habit.proven:
-            habit.proven = True
+        if kept.hits and not keeping.proven:
+            keeping.proven = True
             # what draws random numbers would draw others now
-            plain = value if "inner" in habit.random else loss()
+            plain = value if self._level in habit.random else loss()
             if not torch.equal(plain.nan_to_num(), value.nan_to_num()):
-                habit.pays, value = False, plain
-        if habit.pays is None:
+                keeping.pays, value = False, plain
+        if keeping.pays is None:
             worth = WORTH.get(y.device.type, WORTH_ELSEWHERE)
-            habit.pays = kept.flops > worth * kept.operations
-            if habit.largest is None:  # or it is that of the run that is resumed
+            keeping.pays = kept.flops > worth * kept.operations
+            if habit.largest is None and self._level == "inner":  # or a resumed run's
                 habit.largest = kept.largest
-        if not habit.pays or habit.once >= MOST_ONCE:
-            habit.pays = False
+        if not keeping.pays:
             self._at = self._kept = None
         return value
+
+    def _next(self, pair: tuple[Tensor, Any], keeping: Keeping) -> None:
+        if self._kept is not None:
+            keeping.saw(self._kept.hits)
+        self._at = pair
+        self._kept = None if keeping.rests else Kept()
+        keeping.rests = max(keeping.rests - 1, 0)
 
 
 class Watching(TorchDispatchMode):

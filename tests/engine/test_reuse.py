@@ -232,7 +232,7 @@ def test_unusual_tensors_are_left_alone(kind):
 
 def evaluate(habit, loss, rounds, repeats):
     for _ in range(rounds):
-        x, held = X.clone(), Reuse(habit)
+        x, held = X.clone(), Reuse(habit, "inner")
         for _ in range(repeats):
             y = Y.clone()
             assert torch.equal(held.evaluate(x, y, None, lambda x=x, y=y: loss(x, y)), loss(x, y))
@@ -241,34 +241,49 @@ def evaluate(habit, loss, rounds, repeats):
 def test_small_work_is_not_watched():
     habit = Habit()
     evaluate(habit, lambda x, y: (x @ y).sum(), 1, 1)
-    assert habit.pays is False
+    assert habit.keeping["inner"].pays is False
 
 
 def test_large_work_is(monkeypatch):
     A = torch.randn(512, 512, dtype=torch.float64)
     habit = Habit()
     evaluate(habit, lambda x, y: (x @ (A @ A)[:5] @ A[:, :5] @ y).sum(), 3, 2)
-    assert habit.pays is True
+    assert habit.keeping["inner"].pays is True
 
 
 def test_work_that_y_enters_is_not():
     A = torch.randn(512, 512, dtype=torch.float64)
     habit = Habit()
     evaluate(habit, lambda x, y: ((A * y[0]) @ A).sum(), 1, 1)
-    assert habit.pays is False
+    assert habit.keeping["inner"].pays is False
 
 
-def test_functions_evaluated_once_end_it(always):
-    habit = Habit()
-    held = Reuse(habit)
-    for n in range(5):
+def test_functions_evaluated_once_are_watched_ever_less(always):
+    held, watched = Reuse(Habit(), "inner"), []
+    for _ in range(60):
         x = X.clone()
         held.evaluate(x, Y, None, lambda x=x: (x @ X.T).sum() + Y.sum())
-        assert habit.pays is (n < 3)
+        watched.append(held._kept is not None)
+    # 2 rest after three, 4 after four, 8, 16, 32
+    assert [n for n, seen in enumerate(watched) if seen] == [0, 1, 2, 5, 10, 19, 36]
+
+
+def test_it_begins_again_where_functions_come_twice(always):
+    """As in the searches after a first look, which evaluates each function once."""
+    held, hits = Reuse(Habit(), "inner"), []
+    for n in range(40):
+        x = X.clone()
+        for _ in range(1 if n < 3 else 2):
+            held.evaluate(x, Y, None, lambda x=x: (x @ X.T).sum() + Y.sum())
+        hits.append(held._kept.hits if held._kept else 0)
+    assert hits == [0] * 5 + [2] * 35
 
 
 def test_results_are_kept_for_one_batch_at_a_time(always):
-    held, batches = Reuse(Habit()), [torch.randn(5, 2, dtype=torch.float64) for _ in range(3)]
+    held, batches = (
+        Reuse(Habit(), "inner"),
+        [torch.randn(5, 2, dtype=torch.float64) for _ in range(3)],
+    )
     for batch in batches:
         for _ in range(2):
             held.evaluate(X, Y, batch, lambda batch=batch: (X @ batch).sum() * Y.sum())
@@ -359,7 +374,7 @@ def through_numpy(x, y):
 def test_memory_that_is_written_unseen_ends_it(loss, always):
     x, y = torch.linspace(-1, 1, 40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
     for points in ([y, 2 * y, 3 * y, 4 * y], [y] * 4):
-        work = Reuse(Habit())
+        work = Reuse(Habit(), "inner")
         found = [float(work.evaluate(x, p, None, lambda p=p: loss(x, p))) for p in points]
         assert found == [float(loss(x, p)) for p in points]
 

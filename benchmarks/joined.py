@@ -66,7 +66,8 @@ def measure(name: str, size: int, batches: int, repeats: int) -> dict[str, Any]:
 
     for way in oracles:
         run(way)  # the first one looks whether the losses agree
-    times = {way: [run(way) for _ in range(repeats)] for way in oracles}
+    rounds = [{way: run(way) for way in oracles} for _ in range(repeats)]  # in turn
+    times = {way: [each[way] for each in rounds] for way in oracles}
     ratios = sorted(b / a for a, b in zip(times["joined"], times["each"], strict=True))
     medians = {f"ms {way}": 1e3 * statistics.median(taken) for way, taken in times.items()}
     return {

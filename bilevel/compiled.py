@@ -43,6 +43,9 @@ class CompiledOracle(Oracle):
         super().__init__(problem, x, y)
         self._functions = _compiled(self, problem, x, y)
 
+    def _stacked(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
+        return draws  # what is compiled is of one batch
+
     def _run(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
         if isinstance(draw, Joint):
             return _mean([self._run(name, d, level, *args) for d in draw.draws])

@@ -10,21 +10,23 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from bilevel import require
-from bilevel.compare import are_apart, beside
-from bilevel.joined import Joins, Largest, joined
+from bilevel.compare import are_apart
 from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
 from bilevel.reuse import Habit, Reuse, without_graph
+from bilevel.stacked import Largest, Remaining, few_enough, mean_of_each, stacked
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,17 @@ class Draw:
             randomness.restore(now)
 
 
+class Stacked(Draw):
+    """Several batches as one, see :mod:`bilevel.stacked`: the loss is the mean of theirs."""
+
+
 class Joint(Draw):
     """Several draws as one: the loss is the mean of theirs."""
 
     def __init__(self, draws: Sequence[Draw]) -> None:
         super().__init__(count=len(draws))
         self._draws = draws
-        # what the loss is computed on: fewer of the same rows, where it is the same; None: not
-        # looked at yet
+        # what it is computed on, :class:`Stacked` or these; None: not known yet
         self.parts: Sequence[Draw] | None = None
 
     @property
@@ -254,15 +259,15 @@ class Oracle:
         return value
 
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        parts = self._parts(level, x, y, draw)
-        if len(parts) > 1:
-            return torch.stack([self._loss(level, x, y, part) for part in parts]).mean()
-        draw = parts[0]
+        if isinstance(draw, Joint):
+            return self._on_parts(level, x, y, draw, partial(self._mean_loss, level, x, y))
         batch = self._batch(level, draw)
+        loss: Callable[[], Tensor] = partial(self.call, level, x, y, batch)
+        if isinstance(draw, Stacked):
+            loss = partial(mean_of_each, lambda b: self.call(level, x, y, (b,)), draw.batch)
         if x.requires_grad:
-            value = self.replayed(level, draw, self.call, level, x, y, batch)
+            value = self.replayed(level, draw, loss)
         else:
-            loss = partial(self.call, level, x, y, batch)
             evaluate = self._reuse[level].evaluate
             value = self.replayed(level, draw, evaluate, x, y, draw.batch, loss)
         if not isinstance(value, Tensor) or value.dim() != 0:
@@ -286,60 +291,88 @@ class Oracle:
             )
         return value
 
-    def _parts(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Sequence[Draw]:
-        """The draws that a loss is the mean of on this one: of several batches each, where it says
-        the same of all their rows, since that takes the dispatch of one."""
-        if not isinstance(draw, Joint):
-            return draw.draws
-        if draw.parts is None:
-            draw.parts = self._joined(level, x, y, draw.draws)
-        return draw.parts
+    def _mean_loss(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
+        return torch.stack([self._loss(level, x, y, draw) for draw in draws]).mean()
 
-    def _joined(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
-        joins, kind, m = self.problem.habit.joins, (level, len(draws)), len(draws)
-        known = joins.get(kind, Joins(m))
-        if level in self.problem.habit.random or known.batches == 1:
+    def _on_parts(
+        self,
+        level: str,
+        x: Tensor,
+        y: Tensor,
+        draw: Draw,
+        function: Callable[[Sequence[Draw]], T],
+    ) -> T:
+        """``function`` of what the loss is the mean of on a draw: of several batches each, which
+        take the dispatch of one; of single ones where the loss does not bear that."""
+        if not isinstance(draw, Joint):
+            return function([draw])
+        if draw.parts is None:
+            draw.parts = self._stacked(level, x, y, draw.draws)
+        if draw.parts is draw.draws:
+            return function(draw.draws)
+        before = asdict(self.cost)
+        try:
+            return function(draw.parts)
+        except Exception:  # what it asks for may depend on x and y; what is wrong, one batch tells
+            self.problem.habit.stacks[level, draw.count] = 1
+            draw.parts = draw.draws
+            vars(self.cost).update(before)  # others hold it
+            return function(draw.draws)
+
+    def _stacked(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
+        habit, kind = self.problem.habit, (level, len(draws))
+        if level in habit.random or habit.stacks.get(kind) == 1:
             return draws
-        if known.looks:
-            whole = joined([draw.batch for draw in draws])
-            if whole is None:
-                return draws
-            known = known._replace(batches=self._as_one(level, x, y, Draw(whole), draws))
-        joins[kind] = known._replace(times=known.times + 1)
-        size = known.batches
-        if size == 1:
+        batches = [draw.batch for draw in draws]
+        whole = stacked(batches)
+        if whole is None:
             return draws
-        groups = [[draw.batch for draw in draws[i : i + size]] for i in range(0, m, size)]
-        wholes = [joined(group) for group in groups]
-        if any(whole is None for whole in wholes):
-            return draws
-        return [Draw(whole, size) for whole in wholes]
+        if kind not in habit.stacks:
+            habit.stacks[kind] = self._as_one(level, x, y, Stacked(whole, len(draws)), draws)
+        size = habit.stacks[kind]
+        if size == len(draws):
+            return [Stacked(whole, size)]
+        groups = [batches[i : i + size] for i in range(0, len(draws), size)]
+        return [Stacked(stacked(g), size) for g in groups] if size > 1 else draws
 
     def _as_one(self, level: str, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]) -> int:
-        """How many of the batches are to be evaluated as one: as many as are small enough for that
-        to be faster; 1 where the loss of all rows is not the mean of theirs, with its gradients."""
-        cost, self.cost = self.cost, Cost()  # a look, no work of the run
-        y = beside(y)  # at 0 all rows may tell the same
+        """How many of the batches are to be evaluated as one: so many that it is faster; 1 where
+        the loss does not bear it."""
+        cost, self.cost = self.cost, Cost()  # a first look, no work of the run
+        x, y = x.detach(), y.detach()
 
-        def look(draw: Draw) -> tuple[Tensor, Tensor]:
-            value, gradients = self.dependence(level, x, y, draw)
-            pairs = zip(gradients, (x, y), strict=True)
-            return value, torch.cat([torch.zeros_like(v) if g is None else g for g, v in pairs])
+        def value(batch: Any) -> Tensor:
+            return self.call(level, x, y, (batch,))
+
+        def look(draw: Draw, loss: Callable[[], Tensor]) -> None:
+            self.replayed(level, draw, without_graph, self.problem.habit, loss)
+
+        def gradients(draw: Draw) -> Tensor:
+            loss, found = self.dependence(level, x, y, draw)
+            pairs = zip(found, (x, y), strict=True)
+            return torch.cat(
+                [torch.zeros_like(v) if g is None else g for g, v in pairs] + [loss.view(1)]
+            )
 
         try:
-            with Largest() as largest:
-                value, gradient = look(whole)
-            values, gradients = map(torch.stack, zip(*map(look, draws), strict=True))
-        except Exception:  # it may be made for batches of their size
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                # plainly first: what it keeps of that, anyone can use
+                with Remaining() as remaining, Largest() as of_one:
+                    look(draws[0], partial(value, draws[0].batch))
+                if remaining.any or draws[0].random:
+                    return 1
+                with Largest() as of_all:
+                    look(whole, partial(mean_of_each, value, whole.batch))
+                each = torch.stack([gradients(draw) for draw in draws])
+                # exact by its making; but a rule of some operation may be wrong
+                if are_apart(gradients(whole), each.mean(0), each.norm(dim=1).max()):
+                    return 1
+        except Exception:
             return 1
         finally:
             self.cost = cost
-        size = torch.maximum(torch.linalg.vector_norm(gradients, dim=1).max(), values.abs().max())
-        sound = (size + value + gradient.sum()).isfinite()
-        pairs = (value, values.mean()), (gradient, gradients.mean(0))
-        if not sound or any(are_apart(*pair, size) for pair in pairs):
-            return 1
-        return largest.batches(len(draws), y.device)
+        return few_enough(len(draws), of_all.entries, of_one.entries, y.device)
 
     def distinct(self, draws: Sequence[Draw]) -> Sequence[Draw]:
         """Of a batch that comes more than once, the first draw; all where g is another in each."""
@@ -405,8 +438,14 @@ class Oracle:
         self, x: Tensor, y: Tensor, other: Tensor, draw: Draw
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g and g_y, and g at another y; what y does not enter is done once a draw."""
-        parts = self._parts("inner", x, y, draw)
-        each = [(*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in parts]
+
+        def on(parts: Sequence[Draw]) -> list[tuple[Tensor, Tensor, Tensor]]:
+            # each part's two evaluations one after the other
+            return [
+                (*self.inner_gradient(x, y, d), self.value("inner", x, other, d)) for d in parts
+            ]
+
+        each = self._on_parts("inner", x, y, draw, on)
         if len(each) == 1:
             return each[0]
         value, gy, there = (torch.stack(parts).mean(0) for parts in zip(*each, strict=True))

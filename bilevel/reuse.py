@@ -63,7 +63,8 @@ class Habit:
         random: levels whose loss draws random numbers.
         recorded: whether a loss is another one where no graph is recorded, as where it asks which
             parameters require gradients.
-        joins: of a level and a number of batches, their :class:`bilevel.joined.Joins`.
+        stacks: of a level and a number of batches, how many of them are evaluated as one, see
+            :mod:`bilevel.stacked`.
     """
 
     keeping: dict[str, Keeping] = field(
@@ -73,7 +74,7 @@ class Habit:
     differentiates: bool = False
     random: set[str] = field(default_factory=set)
     recorded: bool = False
-    joins: dict[tuple[str, int], Any] = field(default_factory=dict)
+    stacks: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 T = TypeVar("T")

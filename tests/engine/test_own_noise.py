@@ -12,7 +12,6 @@ from torch import Tensor
 import bilevel
 from bilevel import Problem
 from bilevel.average import Average
-from bilevel.joined import Joins
 from bilevel.noise import Agreement, Noise
 from tests.engine.test_agreement import EXACT, H, J, X, Y
 
@@ -62,7 +61,7 @@ def test_it_is_seen_which_loss_draws() -> None:
 def each_alone(outer: Any, inner: Any) -> Problem:
     """Two batches are evaluated one after the other, as two draws are: the same to the last bit."""
     problem = Problem(outer, inner)
-    problem.habit.joins.update({("outer", 2): Joins(1), ("inner", 2): Joins(1)})
+    problem.habit.stacks.update({("outer", 2): 1, ("inner", 2): 1})
     return problem
 
 

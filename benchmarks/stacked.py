@@ -66,9 +66,9 @@ def measure(name: str, size: int, batches: int, repeats: int) -> dict[str, Any]:
         return time.perf_counter() - start
 
     looked = run("chosen")
-    chosen = oracles["chosen"].problem.habit.stacks["inner", batches]
+    chosen = oracles["chosen"].problem.habit.stacks[batches]
     for way, together in (("all", batches), ("each", 1)):
-        oracles[way].problem.habit.stacks["inner", batches] = together
+        oracles[way].problem.habit.stacks[batches] = together
         run(way)
     rounds = [{way: run(way) for way in oracles} for _ in range(repeats)]  # in turn
     row: dict[str, Any] = {"chosen": chosen}

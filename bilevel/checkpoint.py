@@ -212,7 +212,7 @@ class Saver:
         state, history = unpack(saved, self.method, state)
         self.habit.largest, self.habit.recorded = saved["largest"], saved["recorded"]
         self.habit.random.update(saved["random"])
-        self.habit.stacks.update({(level, m): size for level, m, size in saved["stacks"]})
+        self.habit.stacks.update(saved["stacks"])
         parts = [saved, *saved.get("others", [])]
         mine = parts[self.ranks.rank % len(parts)]
         self.source.load_state_dict(mine["source"])
@@ -226,7 +226,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "method": method.name,
         "largest": habit.largest,
         "random": sorted(habit.random),
-        "stacks": [[*kind, size] for kind, size in habit.stacks.items()],
+        "stacks": dict(habit.stacks),
         "recorded": habit.recorded,
         "inner_solver": kind_of(method.inner_solver, state.solver),
         "vectors": list(state.vectors),

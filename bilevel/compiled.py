@@ -43,7 +43,7 @@ class CompiledOracle(Oracle):
         super().__init__(problem, x, y)
         self._functions = _compiled(self, problem, x, y)
 
-    def _stacked(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
+    def _stacked(self, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
         return draws  # what is compiled is of one batch
 
     def _run(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:

@@ -303,52 +303,53 @@ class Oracle:
         function: Callable[[Sequence[Draw]], T],
     ) -> T:
         """``function`` of what the loss is the mean of on a draw: of several batches each, which
-        take the dispatch of one; of single ones where the loss does not bear that."""
+        take the dispatch of one; of single ones where the loss does not bear that. So of the inner
+        loss, for its products: a value alone takes as long by vmap as of eight batches."""
         if not isinstance(draw, Joint):
             return function([draw])
         if draw.parts is None:
-            draw.parts = self._stacked(level, x, y, draw.draws)
+            draw.parts = draw.draws if level == "outer" else self._stacked(x, y, draw.draws)
         if draw.parts is draw.draws:
             return function(draw.draws)
         before = asdict(self.cost)
         try:
             return function(draw.parts)
         except Exception:  # what it asks for may depend on x and y; what is wrong, one batch tells
-            self.problem.habit.stacks[level, draw.count] = 1
+            self.problem.habit.stacks[draw.count] = 1
             draw.parts = draw.draws
             vars(self.cost).update(before)  # others hold it
             return function(draw.draws)
 
-    def _stacked(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
-        habit, kind = self.problem.habit, (level, len(draws))
-        if level in habit.random or habit.stacks.get(kind) == 1:
+    def _stacked(self, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
+        habit, m = self.problem.habit, len(draws)
+        if "inner" in habit.random or habit.stacks.get(m) == 1:
             return draws
         batches = [draw.batch for draw in draws]
         whole = stacked(batches)
         if whole is None:
             return draws
-        if kind not in habit.stacks:
-            habit.stacks[kind] = self._as_one(level, x, y, Stacked(whole, len(draws)), draws)
-        size = habit.stacks[kind]
-        if size == len(draws):
-            return [Stacked(whole, size)]
-        groups = [batches[i : i + size] for i in range(0, len(draws), size)]
+        if m not in habit.stacks:
+            habit.stacks[m] = self._as_one(x, y, Stacked(whole, m), draws)
+        size = habit.stacks[m]
+        if size == m:
+            return [Stacked(whole, m)]
+        groups = [batches[i : i + size] for i in range(0, m, size)]
         return [Stacked(stacked(g), size) for g in groups] if size > 1 else draws
 
-    def _as_one(self, level: str, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]) -> int:
+    def _as_one(self, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]) -> int:
         """How many of the batches are to be evaluated as one: so many that it is faster; 1 where
         the loss does not bear it."""
         cost, self.cost = self.cost, Cost()  # a first look, no work of the run
         x, y = x.detach(), y.detach()
 
         def value(batch: Any) -> Tensor:
-            return self.call(level, x, y, (batch,))
+            return self.call("inner", x, y, (batch,))
 
         def look(draw: Draw, loss: Callable[[], Tensor]) -> None:
-            self.replayed(level, draw, without_graph, self.problem.habit, loss)
+            self.replayed("inner", draw, without_graph, self.problem.habit, loss)
 
         def gradients(draw: Draw) -> Tensor:
-            loss, found = self.dependence(level, x, y, draw)
+            loss, found = self.dependence("inner", x, y, draw)
             pairs = zip(found, (x, y), strict=True)
             return torch.cat(
                 [torch.zeros_like(v) if g is None else g for g, v in pairs] + [loss.view(1)]

@@ -63,7 +63,7 @@ class Habit:
         random: levels whose loss draws random numbers.
         recorded: whether a loss is another one where no graph is recorded, as where it asks which
             parameters require gradients.
-        stacks: of a level and a number of batches, how many of them are evaluated as one, see
+        stacks: of so many inner batches, how many are evaluated as one, see
             :mod:`bilevel.stacked`.
     """
 
@@ -74,7 +74,7 @@ class Habit:
     differentiates: bool = False
     random: set[str] = field(default_factory=set)
     recorded: bool = False
-    stacks: dict[tuple[str, int], int] = field(default_factory=dict)
+    stacks: dict[int, int] = field(default_factory=dict)
 
 
 T = TypeVar("T")

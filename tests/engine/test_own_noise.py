@@ -61,7 +61,7 @@ def test_it_is_seen_which_loss_draws() -> None:
 def each_alone(outer: Any, inner: Any) -> Problem:
     """Two batches are evaluated one after the other, as two draws are: the same to the last bit."""
     problem = Problem(outer, inner)
-    problem.habit.stacks.update({("outer", 2): 1, ("inner", 2): 1})
+    problem.habit.stacks.update({2: 1})
     return problem
 
 

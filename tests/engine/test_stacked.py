@@ -13,7 +13,7 @@ from torch import nn
 import bilevel
 from bilevel import stacked
 from bilevel.layout import Layout
-from bilevel.problem import Draw, Oracle, Problem
+from bilevel.problem import Draw, Joint, Oracle, Problem
 
 G = torch.Generator().manual_seed(5)
 
@@ -143,7 +143,7 @@ def test_it_is_the_mean_of_each_in_fewer_calls(loss, start):
     # of several largest rows, max has one gradient plainly, and another in vmap: such a one is not
     tied = loss is worst and start == 0
     assert watched.calls == (15 if tied else 5)
-    assert oracle.problem.habit.stacks == {("inner", 3): 1 if tied else 3}
+    assert oracle.problem.habit.stacks == {3: 1 if tied else 3}
 
 
 class Layers(nn.Module):
@@ -171,13 +171,13 @@ def test_modules_are_evaluated_as_one():
     watched.calls = 0
     found = derivatives(oracle, *point, together(oracle))
     assert watched.calls == 5
-    oracle.problem.habit.stacks["inner", 3] = 1
+    oracle.problem.habit.stacks[3] = 1
     assert agree(found, derivatives(oracle, *point, together(oracle)))
 
 
 def test_counters_count_the_batches():
     _, plain = oracle_of(mean)
-    plain.problem.habit.stacks["inner", 3] = 1
+    plain.problem.habit.stacks[3] = 1
     _, oracle = oracle_of(mean)
     for each in (plain, oracle):
         derivatives(each, X, Y, together(each))
@@ -238,7 +238,7 @@ def test_what_does_not_bear_it_is_evaluated_alone(loss):
         watched.calls = 0
         oracle.inner_gradient(X, Y, draw)
         assert watched.calls == 3
-    assert oracle.problem.habit.stacks == {("inner", 3): 1}
+    assert oracle.problem.habit.stacks == {3: 1}
     assert all(torch.isfinite(value + 0) for value in KEPT)  # which vmap's own could not tell
 
 
@@ -253,7 +253,7 @@ def test_what_does_not_bear_it_only_later(beside):
     moved = X + 1.0
     watched, oracle = oracle_of(late)
     derivatives(oracle, X, Y, together(oracle))
-    assert oracle.problem.habit.stacks == {("inner", 3): 3}
+    assert oracle.problem.habit.stacks == {3: 3}
     draw, before = together(oracle), oracle.cost.gradients
     if beside:
         oracle.inner_gradient_beside(moved, Y, Y, draw)
@@ -262,7 +262,7 @@ def test_what_does_not_bear_it_only_later(beside):
         pull, products = oracle.record(moved, Y, draw), oracle.cost.hessian_products
         pull.product(Y)
         assert oracle.cost.hessian_products == products + 3
-    assert oracle.problem.habit.stacks == {("inner", 3): 1}
+    assert oracle.problem.habit.stacks == {3: 1}
     assert agree(derivatives(oracle, moved, Y, draw), mean_of_each(late, moved, Y))
 
 
@@ -283,7 +283,7 @@ def test_random_numbers_move_on_as_if_each_batch_were_evaluated():
         torch.manual_seed(7)
         _, oracle = oracle_of(dropped)
         if size == 1:
-            oracle.problem.habit.stacks["inner", 3] = 1
+            oracle.problem.habit.stacks[3] = 1
         found.append([oracle.inner_gradient(X, Y, together(oracle))[1], torch.rand(1).double()])
     assert agree(*found, error=0)
 
@@ -304,14 +304,14 @@ def test_a_wrong_rule_is_seen(monkeypatch):
     )
     watched, oracle = oracle_of(mean)
     assert agree(derivatives(oracle, X, Y, together(oracle)), mean_of_each(mean, X, Y))
-    assert oracle.problem.habit.stacks == {("inner", 3): 1}
+    assert oracle.problem.habit.stacks == {3: 1}
 
 
-def test_levels_are_known_apart():
-    watched, oracle = oracle_of(asking)
-    oracle.problem.habit.stacks["outer", 3] = 3
-    oracle.inner_gradient(X, Y, together(oracle))
-    assert oracle.problem.habit.stacks == {("outer", 3): 3, ("inner", 3): 1}
+def test_outer_batches_are_evaluated_one_by_one():
+    watched = Watched(mean)
+    oracle = Oracle(Problem(watched, mean), Layout(X, "x"), Layout(Y, "y"))
+    oracle.outer_gradients(X, Y, Joint([Draw(part) for part in PARTS]))
+    assert watched.calls == 3 and oracle.problem.habit.stacks == {}
 
 
 # -- which, and how many -------------------------------------------------------------------

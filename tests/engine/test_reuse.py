@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel
 from bilevel import reuse
-from bilevel.reuse import Habit, Kept, Reuse
+from bilevel.reuse import Habit, Keeping, Kept, Reuse
 
 
 @pytest.fixture
@@ -290,6 +290,39 @@ def test_results_are_kept_for_one_batch_at_a_time(always):
         assert held._kept.hits == 2 and len(held._kept._results) == 2  # mm, sum
 
 
+def test_rests_have_an_end():
+    keeping = Keeping()
+    for _ in range(40):
+        keeping.saw(0)
+    assert keeping.rests == reuse.MOST_RESTS
+    keeping.saw(1)
+    assert (keeping.once, keeping.rests) == (0, 0)
+
+
+def test_levels_keep_apart(always):
+    """An outer evaluation between two inner ones takes nothing from these."""
+    habit = Habit()
+    outer, inner = Reuse(habit, "outer"), Reuse(habit, "inner")
+    outer.evaluate(X, Y, None, lambda: (X.tanh() @ Y).sum())
+    assert habit.largest is None  # which is of the inner loss
+    inner.evaluate(X, Y, None, lambda: (X.sin() @ Y).sum())
+    assert habit.largest == X.numel()
+    outer.evaluate(X, 2 * Y, None, lambda: (X.tanh() @ Y).sum())
+    inner.evaluate(X, 2 * Y, None, lambda: (X.sin() @ Y).sum())
+    assert (outer._kept.hits, inner._kept.hits) == (1, 1)
+    assert habit.keeping["outer"].proven and habit.keeping["inner"].proven
+
+
+@pytest.mark.parametrize("level", ["outer", "inner"])
+def test_what_draws_at_that_level_is_not_drawn_again(level, always):
+    """To see that kept results are right."""
+    habit, calls = Habit(random={level}), []
+    for held in (Reuse(habit, "outer"), Reuse(habit, "inner")):
+        for y in (Y, 2 * Y):
+            held.evaluate(X, y, None, lambda y=y: calls.append(0) or (X.tanh() @ y).sum())
+    assert len(calls) == 2 + 3
+
+
 # -- whole runs ----------------------------------------------------------------------------
 
 
@@ -344,16 +377,24 @@ def run(method, inplace=False, dropout=False, norm=False, full=False, seed=0):
 )  # fmt: skip
 def test_a_run_is_the_same_to_the_last_bit(method, options, monkeypatch):
     plain = run(method, **options)
-    hits = []
-    original = Kept.apart_from
-    monkeypatch.setattr(reuse, "WORTH", {"cpu": 0})
-    monkeypatch.setattr(Kept, "apart_from", lambda self, y: hits.append(self) or original(self, y))
+    hits = {"outer": 0, "inner": 0}
+    original = Reuse.evaluate
+
+    def evaluate(self, *args):
+        value = original(self, *args)
+        hits[self._level] += self._kept is not None and self._kept.hits > 0
+        return value
+
+    monkeypatch.setattr(reuse, "WORTH", {"cpu": -1})
+    monkeypatch.setattr(Reuse, "evaluate", evaluate)
     kept = run(method, **options)
     assert kept[0] == plain[0]
     assert all(torch.equal(a, b) for a, b in zip(kept[1], plain[1], strict=True))
     assert torch.equal(kept[2], plain[2])
     if method in ("bisls-adam", "bisls-sgd"):
-        assert sum(k.hits for k in set(hits)) > 0
+        assert hits["inner"] > 0
+    if method == "bisls-adam" and options == {"full": True}:
+        assert hits["outer"] > 0  # of one batch, by the two y of a trial
 
 
 def through_data(x, y):

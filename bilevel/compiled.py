@@ -41,10 +41,8 @@ class CompiledOracle(Oracle):
 
     def __init__(self, problem: Problem, x: Layout, y: Layout) -> None:
         super().__init__(problem, x, y)
+        self.stacks = False  # what is compiled is of one batch
         self._functions = _compiled(self, problem, x, y)
-
-    def _stacked(self, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
-        return draws  # what is compiled is of one batch
 
     def _run(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:
         if isinstance(draw, Joint):

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bilevel import require
-from bilevel.compare import are_apart
+from bilevel.compare import are_apart, everywhere
 from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
 from bilevel.reuse import Habit, Reuse, without_graph
-from bilevel.stacked import Largest, Remaining, few_enough, mean_of_each, stacked
+from bilevel.stacked import Largest, Outliving, few_enough, mean_of_each, stacked
 
 T = TypeVar("T")
 
@@ -118,6 +118,16 @@ class Draw:
 class Stacked(Draw):
     """Several batches as one, see :mod:`bilevel.stacked`: the loss is the mean of theirs."""
 
+    def __init__(self, batches: Any, dims: Any, count: int) -> None:
+        super().__init__(batches, count)
+        self.dims = dims  # of the leaves that are one for each batch
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw]) -> Stacked | None:
+        """None where they cannot be stacked."""
+        found = stacked([draw.batch for draw in draws])
+        return None if found is None else cls(*found, len(draws))
+
 
 class Joint(Draw):
     """Several draws as one: the loss is the mean of theirs."""
@@ -190,6 +200,7 @@ class Oracle:
         self.cost = Cost()
         self._reuse = {level: Reuse(problem.habit, level) for level in ("outer", "inner")}
         self._randomness = Randomness(y.device)
+        self.stacks = True  # inner batches that are averaged, where the loss bears it
         self._pair = _Pair(x, y) if x.module is not None or y.module is not None else None
 
     # -- the losses ------------------------------------------------------------------------
@@ -264,7 +275,9 @@ class Oracle:
         batch = self._batch(level, draw)
         loss: Callable[[], Tensor] = partial(self.call, level, x, y, batch)
         if isinstance(draw, Stacked):
-            loss = partial(mean_of_each, lambda b: self.call(level, x, y, (b,)), draw.batch)
+            loss = partial(
+                mean_of_each, lambda b: self.call(level, x, y, (b,)), draw.batch, draw.dims
+            )
         if x.requires_grad:
             value = self.replayed(level, draw, loss)
         else:
@@ -322,53 +335,51 @@ class Oracle:
 
     def _stacked(self, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
         habit, m = self.problem.habit, len(draws)
-        if "inner" in habit.random or habit.stacks.get(m) == 1:
-            return draws
-        batches = [draw.batch for draw in draws]
-        whole = stacked(batches)
-        if whole is None:
+        if not self.stacks or "inner" in habit.random:
             return draws
         if m not in habit.stacks:
-            habit.stacks[m] = self._as_one(x, y, Stacked(whole, m), draws)
+            whole = Stacked.of(draws)
+            if whole is None:
+                return draws
+            habit.stacks[m] = self._as_one(x, y, whole, draws)
         size = habit.stacks[m]
-        if size == m:
-            return [Stacked(whole, m)]
-        groups = [batches[i : i + size] for i in range(0, m, size)]
-        return [Stacked(stacked(g), size) for g in groups] if size > 1 else draws
+        if size == 1:
+            return draws
+        groups = [Stacked.of(draws[i : i + size]) for i in range(0, m, size)]
+        found = [group for group in groups if group is not None]
+        return found if len(found) == len(groups) else draws
 
-    def _as_one(self, x: Tensor, y: Tensor, whole: Draw, draws: Sequence[Draw]) -> int:
+    def _as_one(self, x: Tensor, y: Tensor, whole: Stacked, draws: Sequence[Draw]) -> int:
         """How many of the batches are to be evaluated as one: so many that it is faster; 1 where
         the loss does not bear it."""
         cost, self.cost = self.cost, Cost()  # a first look, no work of the run
         x, y = x.detach(), y.detach()
 
-        def value(batch: Any) -> Tensor:
-            return self.call("inner", x, y, (batch,))
+        def value(draw: Draw) -> None:
+            with torch.enable_grad():  # there may be hooks where there is a graph
+                self._loss("inner", x.clone().requires_grad_(), y.clone().requires_grad_(), draw)
 
-        def look(draw: Draw, loss: Callable[[], Tensor]) -> None:
-            self.replayed("inner", draw, without_graph, self.problem.habit, loss)
-
-        def gradients(draw: Draw) -> Tensor:
-            loss, found = self.dependence("inner", x, y, draw)
-            pairs = zip(found, (x, y), strict=True)
-            return torch.cat(
-                [torch.zeros_like(v) if g is None else g for g, v in pairs] + [loss.view(1)]
-            )
+        def derivatives(draw: Draw) -> Tensor:
+            loss, gx, gy = self.inner_gradients(x, y, draw)
+            pull = self.record(x, y, draw)
+            u, d = everywhere(y), everywhere(x)
+            return torch.cat([loss.view(1), gx, gy, *pull.both(u), pull.forward(d)])
 
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop")
-                # plainly first: what it keeps of that, anyone can use
-                with Remaining() as remaining, Largest() as of_one:
-                    look(draws[0], partial(value, draws[0].batch))
-                if remaining.any or draws[0].random:
-                    return 1
-                with Largest() as of_all:
-                    look(whole, partial(mean_of_each, value, whole.batch))
-                each = torch.stack([gradients(draw) for draw in draws])
-                # exact by its making; but a rule of some operation may be wrong
-                if are_apart(gradients(whole), each.mean(0), each.norm(dim=1).max()):
-                    return 1
+            # plainly first: what it keeps of that, anyone can use
+            with Outliving() as outliving, Largest(draws[0].batch) as of_one:
+                value(draws[0])
+            if outliving.any or draws[0].random:
+                return 1
+            with Largest(whole.batch) as of_all:
+                value(whole)
+            each = torch.stack([derivatives(draw) for draw in draws])
+            # exact by its making; but a rule of some operation may be wrong, or there may be none
+            # for its second derivative
+            found, mean = derivatives(whole), each.mean(0)
+            same = torch.equal(found.isfinite(), mean.isfinite())
+            if not same or are_apart(found, mean, each.norm(dim=1).max()):
+                return 1
         except Exception:
             return 1
         finally:
@@ -625,4 +636,7 @@ def make_oracle(problem: Problem, x: Layout, y: Layout) -> Oracle:
     made = oracle(problem, x, y)
     from bilevel.distributed import AveragedOracle, Ranks  # which builds on this module
 
-    return AveragedOracle(made) if Ranks(y.device).size > 1 else made
+    if Ranks(y.device).size == 1:
+        return made
+    made.stacks = False  # losses may speak to each other, and must be called as often on all ranks
+    return AveragedOracle(made)

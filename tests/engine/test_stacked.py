@@ -225,7 +225,56 @@ def writing(x, y, batch):
     return value
 
 
-@pytest.mark.parametrize("loss", [asking, branching, dropped, elsewhere, keeping, writing])
+def hooked(x, y, batch):
+    """Gradients that are clipped where they are large, which is not here."""
+    scores = (batch[0] * (1 + x[:5].tanh())) @ y.view(5, 3)
+    if scores.requires_grad:
+        scores.register_hook(lambda gradient: gradient.clamp(-9, 9))
+    return F.cross_entropy(scores, batch[1]) + (y - x @ MIX).square().sum() / 3
+
+
+class Stubborn(torch.autograd.Function):
+    """Whose second derivative alone asks for numbers."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a):
+        return a.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return Asking.apply(g)
+
+
+class Asking(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a):
+        return a.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g if float(g.abs().max()) < 1e9 else 2 * g
+
+
+def stubborn(x, y, batch):
+    return mean(x, Stubborn.apply(y.view(5, 3) * batch[2].clamp(1, 1)[0]).view(15), batch)
+
+
+LONELY = [asking, branching, dropped, elsewhere, keeping, writing, hooked, stubborn]
+
+
+@pytest.mark.parametrize("loss", LONELY)
 def test_what_does_not_bear_it_is_evaluated_alone(loss):
     torch.manual_seed(1)
     watched, oracle = oracle_of(loss)
@@ -263,7 +312,9 @@ def test_what_does_not_bear_it_only_later(beside):
         pull.product(Y)
         assert oracle.cost.hessian_products == products + 3
     assert oracle.problem.habit.stacks == {3: 1}
+    watched.calls = 0
     assert agree(derivatives(oracle, moved, Y, draw), mean_of_each(late, moved, Y))
+    assert watched.calls == 15  # it is not tried again
 
 
 def test_what_is_wrong_is_told_as_of_one_batch():
@@ -335,6 +386,7 @@ def test_as_many_as_the_caches_hold(monkeypatch, most, size, wide):
     for _ in range(3):
         found = derivatives(oracle, X, Y, together(oracle, parts))
         assert agree(found, mean_of_each(loss, X, Y, parts))
+    assert oracle.cost.gradients == 3 * 3 * 6 and oracle.cost.hessian_products == 3 * 3 * 6
     watched.calls = 0
     oracle.inner_gradient(X, Y, together(oracle, parts))
     assert watched.calls == (1 if wide else 6 // size)
@@ -345,10 +397,31 @@ Pair = namedtuple("Pair", "rows labels")
 
 def test_nests_keep_their_structure():
     a, b = ({"p": Pair(ROWS[i : i + 4], [LABELS[i : i + 4]])} for i in (0, 4))
-    found = stacked.stacked([a, b])
+    found, dims = stacked.stacked([a, b])
+    assert dims == {"p": Pair(0, [0])}
     assert isinstance(found["p"], Pair) and isinstance(found["p"].labels, list)
     assert torch.equal(found["p"].rows, ROWS[:8].view(2, 4, 5))
     assert torch.equal(found["p"].labels[0], LABELS[:8].view(2, 4))
+
+
+def test_what_is_the_same_in_all_is_not_copied():
+    """A table, of which each batch has its rows."""
+    parts = [{"table": ROWS, "rows": PLACES[i : i + 8], "labels": LABELS} for i in (0, 8, 16)]
+    found, dims = stacked.stacked(parts)
+    assert found["table"] is ROWS and found["labels"] is LABELS and found["rows"].shape == (3, 8)
+    assert dims == {"table": None, "rows": 0, "labels": None}
+
+    def loss(x, y, batch):
+        picked = batch["table"][batch["rows"]], batch["labels"][batch["rows"]]
+        return mean(x, y, (*picked, None))
+
+    watched, oracle = oracle_of(loss)
+    for _ in range(2):
+        watched.calls = 0
+        found = derivatives(oracle, X, Y, together(oracle, parts))
+        assert agree(found, mean_of_each(mean, X, Y))
+    assert watched.calls == 5
+    assert stacked.stacked([parts[0], dict(parts[0])])[1] == dict.fromkeys(parts[0])
 
 
 class Marked(torch.Tensor):

@@ -24,7 +24,14 @@ from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
 from bilevel.reuse import Habit, Reuse, without_graph
-from bilevel.stacked import Largest, Outliving, few_enough, mean_of_each, stacked
+from bilevel.stacked import (
+    PATIENCE,
+    Largest,
+    Outliving,
+    few_enough,
+    mean_of_each,
+    stacked,
+)
 
 T = TypeVar("T")
 
@@ -335,7 +342,8 @@ class Oracle:
 
     def _stacked(self, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
         habit, m = self.problem.habit, len(draws)
-        if not self.stacks or "inner" in habit.random:
+        early = self.cost.hessian_products < PATIENCE
+        if early or not self.stacks or "inner" in habit.random:
             return draws
         if m not in habit.stacks:
             whole = Stacked.of(draws)

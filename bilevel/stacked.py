@@ -21,6 +21,9 @@ from bilevel.reuse import Watching, tensors
 # entries of the largest tensor of the loss of all batches: beyond, caches of a core no longer hold
 # it, and one batch after the other is as fast or faster (`python -m benchmarks stacked`)
 MOST_ENTRIES = {"cpu": 2**20}
+# products that are done batch by batch before: a first look costs some ten of each batch, and the
+# first cross-entropy in vmap has torch import parts of itself, which takes a second
+PATIENCE = 2048
 
 
 def stacked(batches: Sequence[Any]) -> tuple[Any, Any] | None:

@@ -37,6 +37,11 @@ def mean(x, y, batch):
     return losses(x, y, batch).mean() + (y - x @ MIX).square().sum() / 3
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr("bilevel.problem.PATIENCE", 0)
+
+
 class Watched:
     """A loss that counts its calls."""
 
@@ -363,6 +368,20 @@ def test_outer_batches_are_evaluated_one_by_one():
     oracle = Oracle(Problem(watched, mean), Layout(X, "x"), Layout(Y, "y"))
     oracle.outer_gradients(X, Y, Joint([Draw(part) for part in PARTS]))
     assert watched.calls == 3 and oracle.problem.habit.stacks == {}
+
+
+def test_not_before_it_pays(monkeypatch):
+    """A hypergradient alone, or the first of a run, would pay for a look more than it gains."""
+    monkeypatch.setattr("bilevel.problem.PATIENCE", 12)
+    watched, oracle = oracle_of(mean)
+    calls = []
+    for _ in range(3):
+        watched.calls = 0
+        pull = oracle.record(X, Y, together(oracle))
+        calls.append(watched.calls)
+        for _ in range(2):
+            pull.product(Y)
+    assert calls[:2] == [3, 3] and oracle.problem.habit.stacks == {3: 3}
 
 
 # -- which, and how many -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ten products of the mean of eight batches: all rows at once, each batch, or as the default does.
+"""Ten products of the mean of eight batches: all at once, one by one, or as the default does.
 
 ``ms with a look``: of the first of all, which sees whether the losses agree.
 """

@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -280,11 +280,12 @@ class Oracle:
         if isinstance(draw, Joint):
             return self._on_parts(level, x, y, draw, partial(self._mean_loss, level, x, y))
         batch = self._batch(level, draw)
-        loss: Callable[[], Tensor] = partial(self.call, level, x, y, batch)
+        loss: Callable[[], Tensor]
         if isinstance(draw, Stacked):
-            loss = partial(
-                mean_of_each, lambda b: self.call(level, x, y, (b,)), draw.batch, draw.dims
-            )
+            each = partial(self._of_one, level, x, y)
+            loss = partial(mean_of_each, each, draw.batch, draw.dims)
+        else:
+            loss = partial(self.call, level, x, y, batch)
         if x.requires_grad:
             value = self.replayed(level, draw, loss)
         else:
@@ -311,6 +312,9 @@ class Oracle:
             )
         return value
 
+    def _of_one(self, level: str, x: Tensor, y: Tensor, batch: Any) -> Tensor:
+        return self.call(level, x, y, (batch,))
+
     def _mean_loss(self, level: str, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Tensor:
         return torch.stack([self._loss(level, x, y, draw) for draw in draws]).mean()
 
@@ -331,7 +335,7 @@ class Oracle:
             draw.parts = draw.draws if level == "outer" else self._stacked(x, y, draw.draws)
         if draw.parts is draw.draws:
             return function(draw.draws)
-        before = asdict(self.cost)
+        before = dict(vars(self.cost))
         try:
             return function(draw.parts)
         except Exception:  # what it asks for may depend on x and y; what is wrong, one batch tells

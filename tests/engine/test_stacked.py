@@ -238,9 +238,7 @@ def hooked(x, y, batch):
     return F.cross_entropy(scores, batch[1]) + (y - x @ MIX).square().sum() / 3
 
 
-class Stubborn(torch.autograd.Function):
-    """Whose second derivative alone asks for numbers."""
-
+class Copying(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -250,23 +248,17 @@ class Stubborn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         pass
+
+
+class Stubborn(Copying):
+    """Whose second derivative alone asks for numbers."""
 
     @staticmethod
     def backward(ctx, g):
         return Asking.apply(g)
 
 
-class Asking(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a):
-        return a.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
+class Asking(Copying):
     @staticmethod
     def backward(ctx, g):
         return g if float(g.abs().max()) < 1e9 else 2 * g

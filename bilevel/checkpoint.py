@@ -29,12 +29,13 @@ from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.reuse import Habit
 from bilevel.rules import Moments
+from bilevel.secants import Secants
 from bilevel.state import State, Training
 
 if TYPE_CHECKING:
     from bilevel.method import Method
 
-VERSION = 11
+VERSION = 12
 
 
 @contextmanager
@@ -246,6 +247,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "agreement": list(state.agreement),
         "learned": list(state.learned),
         "training": [list(state.training.moments), *state.training[1:]],
+        "secants": list(state.secants),
         "history": [record.asdict() for record in history],
     }
     return _plain(content)
@@ -326,5 +328,6 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         agreement=Agreement(*content["agreement"]),
         learned=Learned(*content["learned"]),
         training=Training(moments(first), *rest),
+        secants=Secants(*(here(part) for part in content["secants"])),
     )
     return restored, [Record(**record) for record in content["history"]]

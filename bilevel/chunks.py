@@ -99,6 +99,8 @@ class Chunks:
             self._refuse(
                 "the inner loss is concave in places, where linear systems are solved otherwise"
             )
+        if self.usable and self._is_quiet(state, batches):
+            self._refuse("neither loss has noise, so that y is brought nearer as often as it takes")
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
@@ -113,6 +115,12 @@ class Chunks:
                     return found
         state, record = self.method.step(self.problem, state, *batches)
         return state, [record]
+
+    def _is_quiet(self, state: State, batches: Batches) -> bool:
+        outer, inner, _, more = batches
+        watched = self._joined(state, batches).watched[1]
+        still = self.method.is_still(inner[0] is not None, watched)
+        return self.method.is_quiet(still, self.method.is_alone(outer, more))
 
     def _count(self, state: State, limit: int) -> int:
         """How many iterations from here on can be in the graph."""

@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from bilevel.average import Average
 from bilevel.host import slopes, unsound
 from bilevel.hypergradients import Course, Estimate, Followed, Implicit
-from bilevel.lag import is_behind, is_exact, is_flattered
+from bilevel.lag import is_behind, is_flattered
 from bilevel.layout import rebuild
 from bilevel.lengths import STRAIGHT, Lengths
 from bilevel.linear import CONCAVE, Learned
@@ -142,7 +142,7 @@ class Iterations:
         first, second = rest[:2] if self.moments else (None, None)
         # counts are tensors in a graph, as in Average below; the arithmetic on them is the same
         moments = Moments(first, second, old.n, old.w)
-        beta1 = old.lengths.memory(old.exact)
+        beta1 = old.lengths.memory(0)
         d, moments = self.method.direction(h.grad, moments, beta1)
 
         step = self._outer(oracle, here, draws, h, self.method.heeded(d, h), old)
@@ -324,7 +324,7 @@ class Iterations:
         """y nearer to its solution, where it lags behind."""
         flattered = torch.zeros_like(finite)
         if not self.method.follows:
-            return _Nearer(step.y, flattered, flattered, 0)
+            return _Nearer(step.y, flattered, 0)
         assert h.lag is not None and there is not None
         lag = h.lag.double(), there.double(), step.size * step.slope.double().abs()
         if not self.still:
@@ -335,7 +335,7 @@ class Iterations:
         )
         solver.counts.append(products)
         solver.concave.append(concave)
-        return _Nearer(y, behind, flattered, looks)
+        return _Nearer(y, flattered, looks)
 
     def _average(
         self,
@@ -391,10 +391,6 @@ class Iterations:
         """After it; where numbers are not finite, those before."""
         step, (noise, agreement, _), average = taken.step, taken.judged, taken.average
         halvings = old.learned.judge(step.apart).halvings if self.still else old.halvings
-        exact = old.exact
-        if self.still and self.alone and self.method.follows:
-            seen = is_exact(taken.h.residual, halvings, taken.nearer.behind)
-            exact = torch.where(seen, old.exact + 1, 0.0)
         new = old._replace(
             outer_last=step.last,
             inner_last=taken.inner.last,
@@ -409,7 +405,6 @@ class Iterations:
             slopes=agreement.terms,
             concave=taken.solver.concave[-1].double(),
             halvings=halvings,
-            exact=exact,
             **step.lengths._asdict(),
         ).where(taken.looked.finite, old)
         failed = taken.looked.finite & step.failed
@@ -494,11 +489,9 @@ class _Judged(NamedTuple):
 
 
 class _Nearer(NamedTuple):
-    """y after the correction, whether it was behind before and f flattered, and the
-    evaluations."""
+    """y after the correction, whether f is flattered, and the evaluations."""
 
     y: Tensor
-    behind: Tensor
     flattered: Tensor
     evaluations: Any
 

@@ -20,6 +20,7 @@ from bilevel.hypergradients import Estimate
 from bilevel.inner import Inner, inner_steps
 from bilevel.lag import (
     IN_A_ROW,
+    SOLVED,
     WAITS,
     arrived,
     corrected,
@@ -34,6 +35,7 @@ from bilevel.linear import Learned
 from bilevel.problem import Draw, Oracle
 from bilevel.record import Record
 from bilevel.rules import Line, Moments, Move
+from bilevel.secants import Secants
 from bilevel.state import State
 from bilevel.trials import Trials
 
@@ -56,6 +58,22 @@ def iterate(method: Method, oracle: Oracle, state: State, batches: Batches) -> t
     return Iteration(method, oracle, state, draws, picked, inner).take()
 
 
+class Heading(NamedTuple):
+    """Where to go.
+
+    Attributes:
+        d: the direction.   last: what its step-size rule carries over.
+        moments, secants: with the hypergradient in them.
+        newton: whether d is that of the secants, whose steps have lengths of their own.
+    """
+
+    d: Tensor
+    last: float | None
+    moments: Moments
+    secants: Secants
+    newton: bool
+
+
 class Found(NamedTuple):
     """An outer step.
 
@@ -64,7 +82,7 @@ class Found(NamedTuple):
         move: how far.   point: where to.
         leapt: the move, if it is a leap over a kink; False where one was refused, None where none
             was tried.
-        moments: of the direction.   lost: see :func:`bilevel.lag.is_lost`.
+        heading: of the search.   lost: see :func:`bilevel.lag.is_lost`.
         behind: whether y was found to lag behind there, see :func:`bilevel.lag.is_behind`.
     """
 
@@ -73,7 +91,7 @@ class Found(NamedTuple):
     move: Move
     point: Point
     leapt: Move | Literal[False] | None
-    moments: Moments
+    heading: Heading
     lost: bool
     behind: bool = True
 
@@ -110,6 +128,10 @@ class Iteration:
         return self.method.is_still(self.batches.batched, bool(self.batches.others))
 
     @property
+    def quiet(self) -> bool:
+        return self.method.is_quiet(self.still, self.batches.alone)
+
+    @property
     def kappa(self) -> float:
         batches = self.batches
         return 1.0 if batches.alone else self.state.agreement.kappa(batches.many)
@@ -121,8 +143,8 @@ class Iteration:
     def _estimate(self) -> tuple[Tensor, Estimate]:
         """y, as the inner steps leave it or nearer to y*(x), and the hypergradient there."""
         y, state = self.inner.y, self.state
-        h = self._hypergradient(y, state.q, state.learned)
-        if self.searches and self.method.refreshes:
+        h = self._hypergradient(y, state.q, state.learned._replace(quiet=self.quiet))
+        if self.searches and (self.method.refreshes or self.quiet):
             return self._refreshed(y, h)
         return y, h
 
@@ -135,11 +157,13 @@ class Iteration:
     def _refreshed(self, y: Tensor, h: Estimate) -> tuple[Tensor, Estimate]:
         """A y nearer to y*(x), and the hypergradient there: as long as f changes by more on the
         way than a step like the last one gains."""
-        state, last = self.state, self.state.outer_last
-        for _ in range(0 if last is None else WAITS):
-            d, _ = self._direction(h)
-            gain = (last or 0.0) * torch.dot(h.grad, d).abs()
-            if not (has_solution(h) and bool(is_behind(h.lag, h.lag, gain))):
+        state = self.state
+        for _ in range(0 if state.outer_last is None else WAITS):
+            if not has_solution(h):
+                break
+            heading = self._heading(h)
+            gain = (heading.last or 0.0) * torch.dot(h.grad, heading.d).abs()
+            if not bool(is_behind(h.lag, h.lag, gain)):
                 break
             nearer, learned = corrected(self.oracle, state.vectors[0], y, h, self.draws[0])
             h.learned.append(learned)
@@ -152,10 +176,10 @@ class Iteration:
         """How far along which direction."""
         method, oracle, state, batches = self.method, self.oracle, self.state, self.batches
         x = state.vectors[0]
-        d, moments = self._direction(h)
+        heading = self._heading(h)
         lost = self._is_lost(h)
         searches = self.searches and not lost
-        d = d if searches else method.heeded(d, h)
+        d = heading.d if searches else method.heeded(heading.d, h)
         if searches and oracle.problem.project is not None:
             d = feasible(oracle, x, h.grad, d, state.outer_last or 1.0)
         trials = Trials(
@@ -173,19 +197,39 @@ class Iteration:
             margin=self._margin(h),
         )
         line = trials.line
-        leapt = None if lost else self._leapt(trials, line, h)
+        leapt = None if lost or heading.newton else self._leapt(trials, line, h)
         stay = Move(0.0, state.outer_last) if lost else None
-        move = stay or leapt or method.outer_rule(line, state.k, state.outer_last)
+        move = stay or leapt or method.outer_rule(line, state.k, heading.last)
         if leapt is False:
             move = move._replace(trials=move.trials + 1)
+        if heading.newton:
+            move = move._replace(last=state.outer_last)
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
-        return Found(trials, line, move, point, leapt, state.moments if lost else moments, lost)
+        if lost:
+            heading = heading._replace(moments=state.moments)
+        return Found(trials, line, move, point, leapt, heading, lost)
 
-    def _direction(self, h: Estimate) -> tuple[Tensor, Moments]:
-        state = self.state
+    def _heading(self, h: Estimate) -> Heading:
+        state, method = self.state, self.method
         beta1 = state.lengths.memory(state.learned.exact)
-        return self.method.direction(h.grad, state.moments, beta1)
+        d, moments = method.direction(h.grad, state.moments, beta1)
+        heading = Heading(d, state.outer_last, moments, Secants(), False)
+        if not (self._solves(h) and state.outer_last):
+            return heading
+        secants = state.secants.add(state.vectors[0], h.grad, h.value)
+        if secants.trusted:
+            d = secants.along(h.grad, method.scales(moments))
+            if bool(torch.dot(h.grad, d) < 0):
+                return Heading(d, method.whole, moments, secants, True)
+        return heading._replace(secants=secants)
+
+    def _solves(self, h: Estimate) -> bool:
+        """Whether h is the gradient of F, as far as is known: secants are of that alone, and of
+        free steps."""
+        if not self.quiet or self.oracle.problem.project or h.residual is None:
+            return False
+        return has_solution(h) and bool(h.residual <= SOLVED)
 
     def _margin(self, h: Estimate) -> float:
         """By how much g may lose where y follows x: what the inner steps gained, where g is that of
@@ -246,7 +290,9 @@ class Iteration:
                 move = move._replace(last=float(move.size))
         gain = float(move.size) * abs(n.slope)
         behind = found.lost or waits or is_behind(n.here, n.there, gain)
-        if method.follows and behind and not move.failed:
+        # where nothing has noise, the next iteration begins with that
+        at_once = waits or found.lost or not (self.quiet and has_solution(h))
+        if method.follows and behind and at_once and not move.failed:
             if waits or stays:
                 move = Move(0.0, state.outer_last, move.trials)
                 point = found.trials.x, found.trials.y
@@ -278,7 +324,9 @@ class Iteration:
         if n.alpha > 0:
             agreement = agreement.add(n.own / n.alpha, n.seen / n.alpha, batches.many)
         # a first search is over many decades, often where F is flat
-        if self.method.leaps and state.outer_last is not None:
+        if taken.heading.newton:
+            lengths = lengths.passed()
+        elif self.method.leaps and state.outer_last is not None:
             moved, leapt = float(move.size) * n.length, taken.leapt
             lengths = lengths.after(leapt is not None, bool(leapt), moved, n.norm, n.gain)
         if average and math.isfinite(n.difference):
@@ -293,7 +341,8 @@ class Iteration:
             inner_last=self.inner.last,
             training=self.inner.training,
             lengths=lengths,
-            moments=taken.moments,
+            moments=taken.heading.moments,
+            secants=Secants() if move.failed else taken.heading.secants,
             q=h.q,
             average=average,
             solver=self.inner.solver,
@@ -311,7 +360,7 @@ class Iteration:
             concave = learned.concave if self.batches.batched else learned.lately
             learned = learned.judge(math.inf if taken.lost else n.apart, concave)
             learned = learned._replace(unsolved=learned.unsolved + 1 if n.residual > 1 else 0)
-            exact = self.batches.alone and self.method.follows and has_solution(h)
+            exact = self.quiet and self.method.follows and has_solution(h)
             exact = exact and is_exact(n.residual, learned.halvings, taken.behind)
             learned = learned._replace(exact=learned.exact + 1 if exact else 0)
         return learned._replace(lately=0.0)

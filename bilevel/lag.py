@@ -62,10 +62,10 @@ def is_flattered(here: Any, there: Any, gain: Any, residual: Any) -> Any:
     return is_behind(here, there, FLATTERED * gain) & (here + there < 0) & solved
 
 
-def is_exact(residual: Any, halvings: Any, behind: Any) -> Any:
+def is_exact(residual: float, halvings: int | Tensor, behind: bool) -> bool:
     """Whether, f and g without noise, h is the slope of F but for a tenth or so: its system is
-    solved, needs not be solved closer, and y is not behind. Numbers or tensors."""
-    return (residual <= SOLVED) & (halvings == 0) & (behind == 0)
+    solved, needs not be solved closer, and y is not behind."""
+    return residual <= SOLVED and bool(halvings == 0) and not behind
 
 
 def arrived(

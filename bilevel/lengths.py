@@ -62,11 +62,11 @@ class Lengths(NamedTuple):
         late = where(self.latest > least, self.latest, least)
         return where(late > 0, late / (self.longest + (late <= 0)), 1.0)
 
-    def memory(self, exact: Any) -> Any:
+    def memory(self, exact: int) -> Any:
         """beta1 of a direction: 1 - share^(1/4) / 2, a half, and up to 0.79 as steps shrink to a
         32nd; ``LONG`` where that many hypergradients in a row were ``exact``, see
         :class:`bilevel.linear.Learned`. Along others momentum goes on where F has long risen."""
-        return where(exact >= EXACT, LONG, 1 - self.share**0.25 / 2)
+        return LONG if exact >= EXACT else 1 - self.share**0.25 / 2
 
     def allowed(self, kappa: Any) -> Any:
         """By how much f may rise; ``kappa``: see :class:`bilevel.noise.Agreement`."""
@@ -89,6 +89,10 @@ class Lengths(NamedTuple):
     def refused(self) -> Lengths:
         """After one that was not."""
         return self._replace(longest=self.longest * AFTER_REFUSAL)
+
+    def passed(self) -> Lengths:
+        """After a step of another kind, which says nothing of lengths."""
+        return self._earn(0 * self.budget)
 
     def found(self, far: Any, h: Any, gain: Any) -> Lengths:
         """After a search, which found an alpha ||d|| of ``far``; ``h``: the length of it."""

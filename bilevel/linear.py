@@ -30,6 +30,7 @@ CONCAVE = 1e-4  # of it is more than rounding
 FLOOR = 3e-3  # share of the largest curvature that is told from nothing where g is concave, too
 LOOSE = 0.1  # relative residual to begin with where it is to be found out
 MOST_HALVINGS = 10
+QUIET_HALVINGS = 4  # where nothing has noise, of g that is not concave: the least
 HELD = 20  # vectors of a Krylov space at most, then
 
 
@@ -43,6 +44,7 @@ class Learned(NamedTuple):
         unsolved: iterations in a row that left q farther from solving its system than zero is.
         flattered: iterations in a row in which f was too low, see :func:`bilevel.lag.is_flattered`.
         exact: iterations in a row with a hypergradient of F, see :func:`bilevel.lag.is_exact`.
+        quiet: whether nothing has noise, so that a closer solution is no waste.
     """
 
     concave: Concave = 0.0
@@ -50,7 +52,15 @@ class Learned(NamedTuple):
     lately: Concave = 0.0
     unsolved: int = 0
     flattered: int = 0
-    exact: Any = 0
+    exact: int = 0
+    quiet: bool = False
+
+    @property
+    def closer(self) -> Any:
+        """Halvings of the residual that is enough for the next system."""
+        if self.quiet and self.concave <= CONCAVE:
+            return max(self.halvings, QUIET_HALVINGS)
+        return self.halvings
 
     def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;
@@ -345,7 +355,7 @@ class ConjugateGradient:
     def _steps(
         self, product: Product, b: Tensor, q0: Tensor | None, learned: Learned
     ) -> tuple[Tensor, Concave]:
-        enough, state = self.begin(product, b, q0, self.enough(learned.halvings))
+        enough, state = self.begin(product, b, q0, self.enough(learned.closer))
         on_host = b.device.type == "cpu" and not enough.requires_grad
         number = as_number(enough) if on_host else None
         if number is not None:
@@ -363,7 +373,7 @@ class ConjugateGradient:
     def _absolute(self, product: Product, b: Tensor, learned: Learned) -> tuple[Tensor, float]:
         """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
         concave = 0.0
-        rtol = self.enough(learned.halvings)
+        rtol = self.enough(learned.closer)
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
         most = min(self.steps, HELD) if self.rtol == "auto" else self.steps

@@ -22,7 +22,7 @@ from bilevel.linear import is_conjugate
 from bilevel.problem import Problem, make_oracle
 from bilevel.record import Record
 from bilevel.require import takes
-from bilevel.rules import Adam, Armijo, Polyak, Rule, Steepest
+from bilevel.rules import Adam, Armijo, Moments, Polyak, Rule, Steepest
 from bilevel.state import State
 from bilevel.trials import Response
 
@@ -135,6 +135,11 @@ class Method:
         """
         return not batched or (self.hypergradient.batches == "auto" and not watched)
 
+    def is_quiet(self, still: bool, alone: bool) -> bool:
+        """Whether F and its gradient can be had as near as is asked, since neither g nor f has
+        noise, and a search goes by them."""
+        return still and alone and self._settles and self.leaps
+
     def is_alone(self, outer_batch: Any, more: Sequence[Any] | None) -> bool:
         """Whether f is the same in all that is given: no batch, or no other where some are asked
         for; ``more`` as :meth:`step` takes them."""
@@ -150,6 +155,15 @@ class Method:
     def leaps(self) -> bool:
         """Whether steps may go over kinks: searches that remember them do, upwards as well."""
         return isinstance(self.outer_rule, Armijo) and self.outer_rule.reset == "grow"
+
+    @property
+    def whole(self) -> float:
+        """What a search goes on from whose first trial is a step of 1."""
+        return 1 / self.outer_rule.growth if isinstance(self.outer_rule, Armijo) else 1.0
+
+    def scales(self, moments: Moments) -> Tensor | float:
+        """Of the entries of a direction."""
+        return self.direction.scales(moments) if isinstance(self.direction, Adam) else 1.0
 
     def heeded(self, d: Tensor, h: Estimate) -> Tensor:
         """d, or 0 where Polyak steps, which try nothing and have a floor, would go as far along an

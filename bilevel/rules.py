@@ -289,10 +289,17 @@ class Adam:
         m = beta1 * m + (1 - beta1) * g
         w = beta1 * moments.w + (1 - beta1)
         v = torch.lerp(g * g, v, self.beta2)
-        root = (v / (1 - self.beta2**n)).sqrt()
-        A = root + (self.eps * root.max() if self.normalised else self.eps)
-        A = A.clamp_min(torch.finfo(g.dtype).tiny)
+        moments = Moments(m, v, n, w)
+        A = self.scales(moments)
         d = -(m / w) / A
         if self.descends:
             d = torch.where(torch.dot(g, d) < 0, d, -g / A)
-        return d, Moments(m, v, n, w)
+        return d, moments
+
+    def scales(self, moments: Moments) -> Tensor:
+        """The diagonal of A, of averages that have terms."""
+        v, n = moments.v, moments.n
+        assert v is not None
+        root = (v / (1 - self.beta2**n)).sqrt()
+        A = root + (self.eps * root.max() if self.normalised else self.eps)
+        return A.clamp_min(torch.finfo(v.dtype).tiny)

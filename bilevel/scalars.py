@@ -23,7 +23,7 @@ class Scalars(NamedTuple):
         n, w: of :class:`Moments`.   terms, gain: of :class:`Average`.
         excess, excesses: of :class:`Noise`, the mean and its terms.
         signal, spread, slopes: of :class:`Agreement`, the two means and their terms.
-        concave, halvings, exact: of :class:`Learned`, of which the rest is 0 where a graph is used.
+        concave, halvings: of :class:`Learned`, of which the rest is 0 where a graph is used.
         longest, latest, budget, farthest: those of :class:`Lengths`.
     """
 
@@ -42,7 +42,6 @@ class Scalars(NamedTuple):
     slopes: Any
     concave: Any
     halvings: Any
-    exact: Any
     longest: Any
     latest: Any
     budget: Any
@@ -70,7 +69,6 @@ class Scalars(NamedTuple):
             slopes=state.agreement.terms,
             concave=state.learned.concave,
             halvings=state.learned.halvings,
-            exact=state.learned.exact,
             **state.lengths._asdict(),
         )
 
@@ -92,7 +90,7 @@ class Scalars(NamedTuple):
             agreement=self.agreement._replace(
                 batches=state.agreement.batches, terms=int(self.slopes)
             ),
-            learned=Learned(self.concave, int(self.halvings), exact=int(self.exact)),
+            learned=Learned(self.concave, int(self.halvings)),
             lengths=self.lengths,
         )
 

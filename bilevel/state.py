@@ -14,6 +14,7 @@ from bilevel.linear import Learned
 from bilevel.noise import Agreement, Noise
 from bilevel.problem import Cost
 from bilevel.rules import Moments
+from bilevel.secants import Secants
 
 MEMORY = 0.9  # weight of the mean of inner losses, where a new one counts for 1
 
@@ -59,6 +60,7 @@ class State:
         noise: of the Hessian, where the number of batches that it averages is 'auto'.
         agreement: of outer batches, where their number is 'auto'.
         learned: from the linear systems.
+        secants: of the hypergradients, where nothing has noise.
     """
 
     layouts: tuple[Layout, Layout] = field(repr=False)
@@ -78,6 +80,7 @@ class State:
     agreement: Agreement = Agreement()
     learned: Learned = Learned()
     training: Training = field(default=Training(), repr=False)
+    secants: Secants = field(default=Secants(), repr=False)
 
     @property
     def x(self) -> Variable:

@@ -116,7 +116,7 @@ def solved_by_newton() -> None:
     for inner_steps in (1, 5):
         far = 10 * flat(QUADRATIC.y)  # behind by more than the step gains, after any steps here
         # where x has not moved yet it would wait
-        state = replace(method.init(QUADRATIC.x, far), k=1, outer_last=1.0)
+        state = replace(method.init(QUADRATIC.x, far), k=1, outer_last=1e-6)
         problem = Problem(QUADRATIC.outer, QUADRATIC.inner)
         state, record = method.step(problem, state, None, inner_steps)
         assert record.outer_step > 0

@@ -196,15 +196,14 @@ def far(inner=weakly, **options):
     return bilevel.solve(near, inner, t(np.zeros(3)), y, **options)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_x_waits_for_a_y_that_is_far_behind(compile):
+def test_x_waits_for_a_y_that_is_far_behind():
     exact = bilevel.bisls("adam", hypergradient=Implicit(ConjugateGradient(60, 1e-12)))
-    once = far(method=exact, steps=1, compile=compile)
+    once = far(method=exact, steps=1)
     assert torch.equal(once.x, t(np.zeros(3))) and once.history[0].outer_step == 0
     assert once.history[0].outer_trials > 0 and once.history[0].failure is None
     assert float(once.y.norm()) < 1e-6, "y*(0) = 0"
     assert once.state.outer_last is None, "the search of another place is forgotten"
-    twice = far(method=exact, steps=2, compile=compile)
+    twice = far(method=exact, steps=2)
     assert not torch.equal(twice.x, once.x) and twice.history[1].outer_step > 0
 
 

@@ -583,6 +583,7 @@ def test_a_loss_that_becomes_not_finite(level, bad, name):
 @pytest.mark.parametrize("level", ["outer", "inner"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.filterwarnings("ignore:compile=True does not serve whole iterations")
 def test_a_loss_that_is_not_finite_at_the_start(level, bad, compile):
     """Ends the run where it began, with a word; nothing is raised."""
     case = RIDGES[0]

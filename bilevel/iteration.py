@@ -202,7 +202,7 @@ class Iteration:
         move = stay or leapt or method.outer_rule(line, state.k, heading.last)
         if leapt is False:
             move = move._replace(trials=move.trials + 1)
-        if heading.newton:
+        if heading.newton or (move.last == heading.last and not move.size):
             move = move._replace(last=state.outer_last)
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
@@ -221,8 +221,10 @@ class Iteration:
         if secants.trusted:
             d = secants.along(h.grad, method.scales(moments))
             if bool(torch.dot(h.grad, d) < 0):
+                secants = secants._replace(newton=True)
                 return Heading(d, method.whole, moments, secants, True)
-        return heading._replace(secants=secants)
+        farther = max(1.0, secants.longer * method.whole)
+        return heading._replace(secants=secants, last=farther * state.outer_last)
 
     def _solves(self, h: Estimate) -> bool:
         """Whether h is the gradient of F, as far as is known: secants are of that alone, and of

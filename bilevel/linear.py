@@ -30,7 +30,8 @@ CONCAVE = 1e-4  # of it is more than rounding
 FLOOR = 3e-3  # share of the largest curvature that is told from nothing where g is concave, too
 LOOSE = 0.1  # relative residual to begin with where it is to be found out
 MOST_HALVINGS = 10
-QUIET_HALVINGS = 4  # where nothing has noise, of g that is not concave: the least
+CONVEX = 1e-6  # of negative curvature is that of a g which a close solution does not lead off
+QUIET_HALVINGS = 4  # where nothing has noise, of such a g: the least
 HELD = 20  # vectors of a Krylov space at most, then
 
 
@@ -58,7 +59,7 @@ class Learned(NamedTuple):
     @property
     def closer(self) -> Any:
         """Halvings of the residual that is enough for the next system."""
-        if self.quiet and self.concave <= CONCAVE:
+        if self.quiet and self.concave <= CONVEX:
             return max(self.halvings, QUIET_HALVINGS)
         return self.halvings
 
@@ -368,12 +369,12 @@ class ConjugateGradient:
             if i % 5 == 4 and as_number(state[4]) == 0:
                 break
             state = self.advance(product, enough, state)
-        return state[0], seen(0.0, *state[5:])
+        return state[0], seen(0.0, *state[5:7])
 
     def _absolute(self, product: Product, b: Tensor, learned: Learned) -> tuple[Tensor, float]:
         """|g_yy|^{-1} b in the Krylov space, where |g_yy| has eigenvalues of a floor at least."""
         concave = 0.0
-        rtol = self.enough(learned.closer)
+        rtol = self.enough(learned.halvings)
         lanczos = Lanczos(product, b)
         few = 1 if b.device.type == "cpu" else 5
         most = min(self.steps, HELD) if self.rtol == "auto" else self.steps
@@ -399,7 +400,8 @@ class ConjugateGradient:
         self, product: Product, b: Tensor, q0: Tensor | None, rtol: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The squared residual that is enough, and the state of the steps: (q, residual, direction,
-        squared norm of the residual, whether to go on, largest |curvature| seen, lowest)."""
+        squared norm of the residual, whether to go on, largest |curvature| seen, lowest, the q of
+        the least residual, that one squared)."""
         if q0 is None:
             q, r, low = torch.zeros_like(b), b, b.new_zeros(())
         else:
@@ -412,27 +414,31 @@ class ConjugateGradient:
         rr = torch.dot(r, r)
         q = q + 0 * rr  # NaN where b is: not a system that is solved at once
         # even a good guess takes one step, so that over the iterations of a method q converges
-        return rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0, -low, low)
+        return rtol**2 * torch.dot(b, b), (q, r, r, rr, rr > 0, -low, low, q, rr)
 
     def advance(
         self, product: Product, enough: Tensor, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """One step, at the cost of one product; none where there is no going on."""
-        q, r, p, rr, active, top, low = state
+        """One step, at the cost of one product; none where there is no going on. Where that is for
+        a negative curvature, which q may have come near by long steps, the best q so far."""
+        q, r, p, rr, active, top, low, best, least = state
         eps = torch.finfo(q.dtype).eps
         Hp = product(p)
         pHp, pp = torch.dot(p, Hp), torch.dot(p, p)
         bent = torch.where(active & torch.isfinite(pHp), pHp / _apart_from_zero(pp), 0.0)
         top, low = torch.maximum(top, bent.abs()), torch.minimum(low, bent)
+        q = torch.where(bent < 0, best, q)
         active = active & (bent > eps * eps)
         a = torch.where(active, rr / _apart_from_zero(pHp), 0.0)
         q = q + a * p
         r = r - torch.where(active, a * Hp, 0.0)
         new = torch.dot(r, r)
+        better = active & (new < least)
+        best, least = torch.where(better, q, best), torch.where(better, new, least)
         moved = a * a * pp > eps * eps * torch.dot(q, q)
         active = active & (new > enough) & moved
         p = r + torch.where(active, new / _apart_from_zero(rr), 0.0) * p
-        return q, r, p, new, active, top, low
+        return q, r, p, new, active, top, low, best, least
 
     def _on_host(
         self, product: Product, enough: float, state: tuple[Tensor, ...]
@@ -443,6 +449,7 @@ class ConjugateGradient:
         q, r, p = state[:3]
         rr, low = float(state[3]), float(state[6])
         top, eps = -low, torch.finfo(q.dtype).eps
+        best, least = q, rr
         for _ in range(self.steps if rr > 0 else 0):
             Hp = product(p)
             if Hp.requires_grad:
@@ -451,10 +458,13 @@ class ConjugateGradient:
             if math.isfinite(pHp) and pp > 0:
                 top, low = max(top, abs(pHp / pp)), min(low, pHp / pp)
             if not eps * eps * pp < pHp < math.inf:
+                q = best if pHp < 0 and pp > 0 else q
                 break
             a = rr / pHp  # below 1 / eps^2, as |p| >= |r|: alpha= takes what float32 can hold
             q, r = torch.add(q, p, alpha=a), torch.sub(r, Hp, alpha=a)
             new = float(torch.dot(r, r))
+            if new < least:
+                best, least = q, new
             if not (new > enough and a * a * pp > eps * eps * float(torch.dot(q, q))):
                 break
             p, rr = r + new / rr * p, new  # this ratio has no such bound

@@ -12,6 +12,7 @@ ROOM = 2**22  # numbers of these, and as many of the changes along them
 DOUBT = 0.5  # what is supposed of ``off`` before anything is known
 TRUSTED = 0.07  # ``off`` up to which the pairs are those of a smooth F
 KEPT = 0.8  # weight of the mean of ``off``, where a new one counts for the rest
+LONGER = 32.0  # times as far as the last is the first trial of a search at most
 BENDS = 1e-3  # least cosine of a step with the change along it; F is to be convex there
 
 
@@ -28,6 +29,9 @@ class Secants(NamedTuple):
     Attributes:
         x, h, f: of the iteration before; None, None, 0 where there is none.
         steps, changes: one pair to a row, the newest first, shape (pairs, n); None: no pair yet.
+        longer: times as far as the last step is where the slopes at its ends say that F is least;
+            1 where that was along -H h.
+        newton: whether the step from x is.
         off: mean of |f(x+) - f(x) - (a + b) / 2| / |b - a|, a = <h, s> and b = <h+, s>, each 1 at
             most; the late ones count most.
 
@@ -39,11 +43,13 @@ class Secants(NamedTuple):
     f: float = 0.0
     steps: Tensor | None = None
     changes: Tensor | None = None
+    longer: float = 1.0
+    newton: bool = False
     off: float = DOUBT
 
     def add(self, x: Tensor, h: Tensor, value: Tensor) -> Secants:
         """With the step to x, where f is ``value`` and h the hypergradient."""
-        here = self._replace(x=x, h=h, f=float(value))
+        here = self._replace(x=x, h=h, f=float(value), longer=1.0, newton=False)
         if self.x is None or self.h is None:
             return here
         s, z = x - self.x, h - self.h
@@ -51,7 +57,9 @@ class Secants(NamedTuple):
         a, b, norm = torch.stack([torch.dot(self.h, s), torch.dot(h, s), norms]).tolist()
         if a != b:
             off = min(abs(here.f - self.f - (a + b) / 2) / abs(b - a), 1.0)
-            here = here._replace(off=KEPT * self.off + (1 - KEPT) * off)
+            longer = min(a / (a - b), LONGER) if a < b else LONGER
+            longer = 1.0 if self.newton else longer
+            here = here._replace(off=KEPT * self.off + (1 - KEPT) * off, longer=longer)
         if not b - a > BENDS * norm:
             return here
         most = min(PAIRS, ROOM // len(x))

@@ -199,7 +199,7 @@ class Counted:
         else:
             taken, *last = while_loop(going, advance, (torch.zeros((), dtype=torch.int64), *state))
         self.counts.append(taken + int(q0 is not None))
-        self.concave.append(seen(self.concave[-1], *last[5:]))
+        self.concave.append(seen(self.concave[-1], *last[5:7]))
         return last[0]
 
 

@@ -13,7 +13,7 @@ import bilevel
 from bilevel import lag, secants
 from bilevel.iteration import Iteration
 from bilevel.lengths import BUDGET_KEPT, Lengths
-from bilevel.linear import CONCAVE, LOOSE, QUIET_HALVINGS, ConjugateGradient, Learned, watched
+from bilevel.linear import CONVEX, LOOSE, QUIET_HALVINGS, ConjugateGradient, Learned, watched
 from bilevel.secants import DOUBT, KEPT, PAIRS, TRUSTED, Secants
 from tests.tables import t
 
@@ -180,7 +180,7 @@ def test_kinks_are_told(monkeypatch):
     states, _ = seen(60, lambda x, y: (y - B).abs().max())
     assert sum(state.secants.trusted for state in states) < 6
     states, _ = seen(60, lambda x, y: (y - B).pow(4).sum().pow(0.25))
-    assert sum(state.secants.trusted for state in states) > 30
+    assert sum(state.secants.trusted for state in states) > 20
 
 
 def test_a_whole_step_is_tried_first_and_the_length_of_others_stays():
@@ -217,7 +217,7 @@ def test_systems_are_solved_closer_where_nothing_has_noise():
     quiet, few = Learned(quiet=True), Learned(halvings=2)
     assert (quiet.closer, few.closer, Learned().closer) == (QUIET_HALVINGS, 2, 0)
     assert Learned(halvings=7, quiet=True).closer == 7
-    assert Learned(concave=2 * CONCAVE, quiet=True).closer == 0
+    assert Learned(concave=2 * CONVEX, quiet=True).closer == 0
     H, b = torch.logspace(0, 3, 60, dtype=torch.float64), torch.ones(60, dtype=torch.float64)
     left = []
     for learned in (quiet, Learned()):
@@ -253,7 +253,7 @@ def test_y_is_near_before_the_hypergradient_and_not_moved_after(monkeypatch):
     f, options = (lambda x, y, *b: outer(x, y)), {"inner_steps": 2}
     states, _ = seen(24, f, lambda x, y: (slow * (y - MIX @ x).square()).sum() / 2, **options)
     first = next(k for k, state in enumerate(states) if state.outer_last)
-    assert len(calls) - first >= 3 and all(before for before, _ in calls[first:])
+    assert len(calls) - first >= 2 and all(before for before, _ in calls[first:])
     assert all(closer < 0.1 for before, closer in calls if before)
 
 

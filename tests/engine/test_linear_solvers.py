@@ -210,6 +210,23 @@ def test_cg_tells_how_concave_it_has_seen_the_loss():
     assert convex[1] == 0.0
 
 
+@pytest.mark.parametrize("host", [False, True])
+def test_cg_that_meets_a_negative_curvature_returns_the_best_so_far(host):
+    """A curvature next to zero takes q far off first: its residual has been smaller."""
+    system = System([10.0, 3.0, 1.0, -0.9], b=[3.0, 2.7, 1.6, 0.5])
+    solver = ConjugateGradient(8, 0.0)
+    enough, state = solver.begin(system.product, t(system.b), None, 0.0)
+    norms = [float(state[3])]
+    begun = state
+    while state[4]:
+        last, state = state, solver.advance(system.product, enough, state)
+        norms.append(float(state[3]))
+    assert float(last[3]) > 2 * min(norms), "the last one is not the best"
+    q = solver._on_host(system.product, 0.0, begun)[0] if host else state[0]
+    best = ((t(system.b) - system.product(q)) ** 2).sum()
+    assert float(best) == pytest.approx(min(norms), rel=1e-8) < float(last[3])
+
+
 def test_cg_on_a_singular_hessian():
     """A right side in the range is solved; one outside stays finite, and its residual tells."""
     spectrum = [4.0, 1.0, 0.5, 0.0, 0.0]

@@ -14,7 +14,7 @@ from bilevel import lag, secants
 from bilevel.iteration import Iteration
 from bilevel.lengths import BUDGET_KEPT, Lengths
 from bilevel.linear import CONVEX, LOOSE, QUIET_HALVINGS, ConjugateGradient, Learned, watched
-from bilevel.secants import DOUBT, KEPT, PAIRS, TRUSTED, Secants
+from bilevel.secants import DOUBT, KEPT, LONGER, PAIRS, TRUSTED, Secants
 from tests.tables import t
 
 N = 9
@@ -98,6 +98,32 @@ def test_how_far_values_and_slopes_disagree():
     assert wrong.off == pytest.approx(KEPT * DOUBT + (1 - KEPT))  # 1 at most
     straight = Secants().add(ZEROS, B, t(0.0)).add(ZEROS + 1, B, t(1.0))
     assert straight.off == DOUBT  # slopes that are the same say nothing
+
+
+def test_how_much_longer_a_step_should_have_been():
+    """The best one along it, over it: of a quadratic exactly."""
+    d = -(CURVED @ ZEROS - B)
+    best = float(d @ d / (d @ CURVED @ d))
+    start = Secants().add(ZEROS, *quadratic(ZEROS))
+    for share in (0.1, 0.5, 1.0, 1.6):
+        x = share * best * d
+        assert start.add(x, *quadratic(x)).longer == pytest.approx(1 / share, rel=1e-6)
+        assert start._replace(newton=True).add(x, *quadratic(x)).longer == 1.0
+    x = 1e-6 * best * d
+    assert start.add(x, *quadratic(x)).longer == LONGER
+    assert start.add(ZEROS + d, -2 * d, t(-3.0)).longer == LONGER  # F is concave along it
+    assert start.longer == 1.0
+
+
+def test_a_step_that_has_collapsed_comes_back():
+    """In a few iterations, not by fifths."""
+    states, _ = seen(9)
+    state = next(s for s in states if s.outer_last)
+    method, problem = bilevel.bisls(), bilevel.Problem(outer, inner)
+    tiny = replace(state, outer_last=1e-7 * state.outer_last, secants=Secants())
+    for _ in range(8):
+        tiny, _ = method.step(problem, tiny, None, 5)
+    assert tiny.outer_last > 1e-2 * state.outer_last
 
 
 @pytest.mark.parametrize("off", [0.0, TRUSTED, 1.01 * TRUSTED, 1.0])

@@ -12,7 +12,8 @@ ROOM = 2**22  # numbers of these, and as many of the changes along them
 DOUBT = 0.5  # what is supposed of ``off`` before anything is known
 TRUSTED = 0.07  # ``off`` up to which the pairs are those of a smooth F
 KEPT = 0.8  # weight of the mean of ``off``, where a new one counts for the rest
-LONGER = 32.0  # times as far as the last is the first trial of a search at most
+COLLAPSED = 16.0  # times as far as the last step F would have been least, by its slopes
+LONGER = 32.0  # times as far as that is the first trial of a search then, at most
 BENDS = 1e-3  # least cosine of a step with the change along it; F is to be convex there
 
 
@@ -58,7 +59,7 @@ class Secants(NamedTuple):
         if a != b:
             off = min(abs(here.f - self.f - (a + b) / 2) / abs(b - a), 1.0)
             longer = min(a / (a - b), LONGER) if a < b else LONGER
-            longer = 1.0 if self.newton else longer
+            longer = longer if longer >= COLLAPSED and not self.newton else 1.0
             here = here._replace(off=KEPT * self.off + (1 - KEPT) * off, longer=longer)
         if not b - a > BENDS * norm:
             return here

@@ -31,7 +31,7 @@ from bilevel.lag import (
     is_lost,
 )
 from bilevel.lengths import STRAIGHT, leap
-from bilevel.linear import Learned
+from bilevel.linear import CONVEX, Learned
 from bilevel.problem import Draw, Oracle
 from bilevel.record import Record
 from bilevel.rules import Line, Moments, Move
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Point = tuple[Tensor, Tensor]
 ANGLE = 0.1  # of a direction with the steepest one, its cosine, that is enough
+FADES = 0.8  # what was seen of negative curvature, in an iteration without noise that meets none
 ROUNDS = 3  # of inner steps and a Newton step, after which y is where a first step is judged
 
 
@@ -143,7 +144,8 @@ class Iteration:
     def _estimate(self) -> tuple[Tensor, Estimate]:
         """y, as the inner steps leave it or nearer to y*(x), and the hypergradient there."""
         y, state = self.inner.y, self.state
-        h = self._hypergradient(y, state.q, state.learned._replace(quiet=self.quiet))
+        quiet = self.quiet and (state.k == 0 or state.learned.quiet)
+        h = self._hypergradient(y, state.q, state.learned._replace(quiet=quiet))
         if self.searches and (self.method.refreshes or self.quiet):
             return self._refreshed(y, h)
         return y, h
@@ -202,7 +204,7 @@ class Iteration:
         move = stay or leapt or method.outer_rule(line, state.k, heading.last)
         if leapt is False:
             move = move._replace(trials=move.trials + 1)
-        if heading.newton or (move.last == heading.last and not move.size):
+        if heading.newton or (heading.last != state.outer_last and not move.size):
             move = move._replace(last=state.outer_last)
         new_x, new_y = trials.reach(move.size)
         point = new_x, y if new_y is None else new_y
@@ -229,7 +231,7 @@ class Iteration:
     def _solves(self, h: Estimate) -> bool:
         """Whether h is the gradient of F, as far as is known: secants are of that alone, and of
         free steps."""
-        if not self.quiet or self.oracle.problem.project or h.residual is None:
+        if not self.quiet or self.oracle.problem.project is not None or h.residual is None:
             return False
         return has_solution(h) and bool(h.residual <= SOLVED)
 
@@ -365,7 +367,10 @@ class Iteration:
             exact = self.quiet and self.method.follows and has_solution(h)
             exact = exact and is_exact(n.residual, learned.halvings, taken.behind)
             learned = learned._replace(exact=learned.exact + 1 if exact else 0)
-        return learned._replace(lately=0.0)
+        quiet = self.quiet and bool(learned.lately <= CONVEX)
+        if quiet:  # y may have come to where g is convex
+            learned = learned._replace(concave=FADES * learned.concave)
+        return learned._replace(quiet=quiet, lately=0.0)
 
     def _record(self, move: Move, h: Estimate, n: Numbers, failure: str | None) -> Record:
         inner, cost = self.inner, self.oracle.cost

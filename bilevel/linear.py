@@ -39,13 +39,15 @@ class Learned(NamedTuple):
     """What the systems of a run have taught for the next.
 
     Attributes:
-        concave: largest |negative curvature| of g seen, over its largest curvature.
+        concave: largest |negative curvature| of g seen, over its largest curvature; where nothing
+            has noise it fades in iterations that meet none.
         halvings: of the relative residual that is enough, for a solver with ``rtol='auto'``.
         lately: as ``concave``, of the systems of one iteration.
         unsolved: iterations in a row that left q farther from solving its system than zero is.
         flattered: iterations in a row in which f was too low, see :func:`bilevel.lag.is_flattered`.
         exact: iterations in a row with a hypergradient of F, see :func:`bilevel.lag.is_exact`.
-        quiet: whether nothing has noise, so that a closer solution is no waste.
+        quiet: whether nothing has noise, so that a closer solution is no waste, and no system of
+            the iteration before has met a negative curvature that one would be led off by.
     """
 
     concave: Concave = 0.0
@@ -59,9 +61,7 @@ class Learned(NamedTuple):
     @property
     def closer(self) -> Any:
         """Halvings of the residual that is enough for the next system."""
-        if self.quiet and self.concave <= CONVEX:
-            return max(self.halvings, QUIET_HALVINGS)
-        return self.halvings
+        return max(self.halvings, QUIET_HALVINGS) if self.quiet else self.halvings
 
     def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;
@@ -290,7 +290,8 @@ class ConjugateGradient:
 
     The error in the norm of g_yy falls at least like 2 ((sqrt k - 1)/(sqrt k + 1))^steps, with k
     the condition number. It stops, with the last iterate, at a relative residual of ``rtol``, at
-    a zero residual, at a direction of no curvature, and where a step is below rounding.
+    a zero residual, at a direction of no curvature, and where a step is below rounding; with the
+    best one at a direction of negative curvature.
 
     A g_yy with negative eigenvalues, as of a network on its way, has no argmin to differentiate,
     and steps of 1 / (curvature) end in nonsense where the curvature passes through zero. There
@@ -302,7 +303,8 @@ class ConjugateGradient:
         steps: products at most, >= 1.
         rtol: relative residual that is enough after the first step, in [0, 1). 'auto': a tenth,
             which a method halves and doubles from one iteration to the next, down to 1e-4, as
-            :meth:`Learned.judge` says, where g has no batches, or but one for ``average='auto'``.
+            :meth:`Learned.judge` says, where g has no batches, or but one for ``average='auto'``;
+            0.006 to begin with where f and g have no noise.
         warm_start: go on from the solution of the previous iteration where a method has one.
 
     Reference: Hestenes & Stiefel 1952; Pedregosa 2016 for its use here; Dauphin et al. 2014

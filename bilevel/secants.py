@@ -13,7 +13,7 @@ DOUBT = 0.5  # what is supposed of ``off`` before anything is known
 TRUSTED = 0.07  # ``off`` up to which the pairs are those of a smooth F
 KEPT = 0.8  # weight of the mean of ``off``, where a new one counts for the rest
 COLLAPSED = 16.0  # times as far as the last step F would have been least, by its slopes
-LONGER = 32.0  # times as far as that is the first trial of a search then, at most
+LONGER = 32.0  # times as far as the last step is the first trial of a search then, at most
 BENDS = 1e-3  # least cosine of a step with the change along it; F is to be convex there
 
 
@@ -30,8 +30,9 @@ class Secants(NamedTuple):
     Attributes:
         x, h, f: of the iteration before; None, None, 0 where there is none.
         steps, changes: one pair to a row, the newest first, shape (pairs, n); None: no pair yet.
-        longer: times as far as the last step is where the slopes at its ends say that F is least;
-            1 where that was along -H h.
+        longer: times as far as the last step the next is to try, since the slopes at its ends say
+            that F is least there: ``COLLAPSED`` to ``LONGER``; 1 otherwise, or where it was a
+            ``newton`` one.
         newton: whether the step from x is.
         off: mean of |f(x+) - f(x) - (a + b) / 2| / |b - a|, a = <h, s> and b = <h+, s>, each 1 at
             most; the late ones count most.

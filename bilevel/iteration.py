@@ -37,6 +37,7 @@ from bilevel.record import Record
 from bilevel.rules import Line, Moments, Move
 from bilevel.secants import Secants
 from bilevel.state import State
+from bilevel.steps import rounding_of
 from bilevel.trials import Trials
 
 if TYPE_CHECKING:
@@ -225,8 +226,20 @@ class Iteration:
             if bool(torch.dot(h.grad, d) < 0):
                 secants = secants._replace(newton=True)
                 return Heading(d, method.whole, moments, secants, True)
-        farther = max(1.0, secants.longer * method.whole)
-        return heading._replace(secants=secants, last=farther * state.outer_last)
+        heading = heading._replace(secants=secants)
+        return self._back(heading, h) if secants.longer > 1 else heading
+
+    def _back(self, heading: Heading, h: Estimate) -> Heading:
+        """A step that has collapsed comes back, no farther than searches have led, and where f is
+        not so flat that this would be lost in rounding."""
+        last, longer, farthest = heading.last, heading.secants.longer, self.state.lengths.farthest
+        slope, norm = torch.dot(h.grad, heading.d), torch.linalg.vector_norm(heading.d)
+        value, slope, norm = torch.stack([h.value, slope, norm]).tolist()
+        assert last is not None
+        if not farthest * -slope > 8 * rounding_of(value, h.value.dtype) * norm:
+            return heading
+        most = min(longer * last, farthest / norm) * self.method.whole
+        return heading._replace(last=max(last, most))
 
     def _solves(self, h: Estimate) -> bool:
         """Whether h is the gradient of F, as far as is known: secants are of that alone, and of

@@ -118,7 +118,7 @@ def test_how_much_longer_a_step_should_have_been():
 def test_a_step_that_has_collapsed_comes_back():
     """In a few iterations, not by fifths."""
     states, _ = seen(9)
-    state = next(s for s in states if s.outer_last)
+    state = next(s for s in states if s.lengths.farthest)
     method, problem = bilevel.bisls(), bilevel.Problem(outer, inner)
     tiny = replace(state, outer_last=1e-7 * state.outer_last, secants=Secants())
     for _ in range(8):

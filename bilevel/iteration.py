@@ -377,7 +377,7 @@ class Iteration:
             concave = learned.concave if self.batches.batched else learned.lately
             learned = learned.judge(math.inf if taken.lost else n.apart, concave)
             learned = learned._replace(unsolved=learned.unsolved + 1 if n.residual > 1 else 0)
-            exact = self.quiet and self.method.follows and has_solution(h)
+            exact = self.quiet and has_solution(h)
             exact = exact and is_exact(n.residual, learned.halvings, taken.behind)
             learned = learned._replace(exact=learned.exact + 1 if exact else 0)
         quiet = self.quiet and bool(learned.lately <= CONVEX)

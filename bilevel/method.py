@@ -138,7 +138,7 @@ class Method:
     def is_quiet(self, still: bool, alone: bool) -> bool:
         """Whether F and its gradient can be had as near as is asked, since neither g nor f has
         noise, and a search goes by them."""
-        return still and alone and self._settles and self.leaps
+        return still and alone and self.follows and self._settles and self.leaps
 
     def is_alone(self, outer_batch: Any, more: Sequence[Any] | None) -> bool:
         """Whether f is the same in all that is given: no batch, or no other where some are asked

@@ -114,8 +114,8 @@ class Iteration:
     inner: Inner
 
     def take(self) -> tuple[State, Record]:
-        y, h = self._estimate()
-        found = self._search(y, h)
+        y, h, heading = self._estimate()
+        found = self._search(y, h, heading)
         n = self._numbers(found, h)
         flattered = self._flattered(found, h, n)
         taken = found
@@ -131,6 +131,7 @@ class Iteration:
 
     @property
     def quiet(self) -> bool:
+        """Whether nothing has noise, see :meth:`bilevel.method.Method.is_quiet`."""
         return self.method.is_quiet(self.still, self.batches.alone)
 
     @property
@@ -142,14 +143,15 @@ class Iteration:
     def searches(self) -> bool:
         return self.method.outer_rule.searches(self.state.k, self.state.outer_last)
 
-    def _estimate(self) -> tuple[Tensor, Estimate]:
-        """y, as the inner steps leave it or nearer to y*(x), and the hypergradient there."""
+    def _estimate(self) -> tuple[Tensor, Estimate, Heading]:
+        """y, as the inner steps leave it or nearer to y*(x), the hypergradient there, and where it
+        points."""
         y, state = self.inner.y, self.state
         quiet = self.quiet and (state.k == 0 or state.learned.quiet)
         h = self._hypergradient(y, state.q, state.learned._replace(quiet=quiet))
         if self.searches and (self.method.refreshes or self.quiet):
             return self._refreshed(y, h)
-        return y, h
+        return y, h, self._heading(h)
 
     def _hypergradient(self, y: Tensor, q: Tensor | None, learned: Learned) -> Estimate:
         x, batches, path = self.state.vectors[0], self.batches, self.inner.path
@@ -157,14 +159,13 @@ class Iteration:
             self.oracle, x, y, batches.outer, batches.hessian, path, q, learned
         )
 
-    def _refreshed(self, y: Tensor, h: Estimate) -> tuple[Tensor, Estimate]:
-        """A y nearer to y*(x), and the hypergradient there: as long as f changes by more on the
-        way than a step like the last one gains."""
-        state = self.state
+    def _refreshed(self, y: Tensor, h: Estimate) -> tuple[Tensor, Estimate, Heading]:
+        """A y nearer to y*(x), and the rest there: as long as f changes by more on the way than a
+        step like the last one gains."""
+        state, heading = self.state, self._heading(h)
         for _ in range(0 if state.outer_last is None else WAITS):
             if not has_solution(h):
                 break
-            heading = self._heading(h)
             gain = (heading.last or 0.0) * torch.dot(h.grad, heading.d).abs()
             if not bool(is_behind(h.lag, h.lag, gain)):
                 break
@@ -173,13 +174,13 @@ class Iteration:
             if nearer is y:
                 break
             y, h = nearer, self._hypergradient(nearer, h.q, learned)
-        return y, h
+            heading = self._heading(h)
+        return y, h, heading
 
-    def _search(self, y: Tensor, h: Estimate) -> Found:
+    def _search(self, y: Tensor, h: Estimate, heading: Heading) -> Found:
         """How far along which direction."""
         method, oracle, state, batches = self.method, self.oracle, self.state, self.batches
         x = state.vectors[0]
-        heading = self._heading(h)
         lost = self._is_lost(h)
         searches = self.searches and not lost
         d = heading.d if searches else method.heeded(heading.d, h)

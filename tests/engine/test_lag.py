@@ -281,8 +281,8 @@ def test_a_g_that_was_concave_on_the_way_is_solved_closely(method):
     """h of a residual of 0.03 was 5e-9, and x, at F = -2.103, stood still; dF/dx is -0.09 there."""
     case = risk(1)
     seen = []
-    callback = lambda state, _: seen.append(state.learned)  # noqa: E731
-    result = case.solve(method, steps=100, inner_steps=10, seed=1, callback=callback)
+    options = {"callback": lambda state, _: seen.append(state.learned)}
+    result = case.solve(method, steps=100, inner_steps=10, seed=1, **options)
     assert all(learned.lately == 0.0 for learned in seen)
     if method == "bisls-adam":  # the other is near y* sooner, and meets none
         assert max(learned.concave for learned in seen) > 10 * CONCAVE

@@ -35,7 +35,7 @@ from bilevel.state import State, Training
 if TYPE_CHECKING:
     from bilevel.method import Method
 
-VERSION = 12
+VERSION = 13
 
 
 @contextmanager
@@ -248,6 +248,7 @@ def pack(method: Method, habit: Habit, state: State, history: list[Record]) -> d
         "learned": list(state.learned),
         "training": [list(state.training.moments), *state.training[1:]],
         "secants": list(state.secants),
+        "kinks": None if state.kinks is None else list(state.kinks),
         "history": [record.asdict() for record in history],
     }
     return _plain(content)
@@ -329,5 +330,6 @@ def unpack(content: dict[str, Any], method: Method, state: State) -> tuple[State
         learned=Learned(*content["learned"]),
         training=Training(moments(first), *rest),
         secants=Secants(*(here(part) for part in content["secants"])),
+        kinks=None if content["kinks"] is None else tuple(content["kinks"]),
     )
     return restored, [Record(**record) for record in content["history"]]

@@ -47,8 +47,9 @@ class Chunks:
     """Iterations in the graph where they can be, and as the method takes them where not.
 
     The first iteration of a run is plain, after which the state has all its parts; so are those
-    in which x may wait for y, those whose batches have other shapes than the first, and those in
-    which a Polyak rule measures.
+    in which it is not known yet whether kinks of g are to be rounded off, those in which x may wait
+    for y, those whose batches have other shapes than the first, and those in which a Polyak rule
+    measures.
 
     Args:
         problem: the plain one.
@@ -101,6 +102,8 @@ class Chunks:
             )
         if self.usable and self._is_quiet(state, batches):
             self._refuse("neither loss has noise, so that y is brought nearer as often as it takes")
+        if self.usable and state.kinks:
+            self._refuse("the inner loss has kinks, which are rounded off by calls of Python")
         count = self._count(state, limit)
         if count:
             joined = self._joined(state, batches)
@@ -124,7 +127,7 @@ class Chunks:
 
     def _count(self, state: State, limit: int) -> int:
         """How many iterations from here on can be in the graph."""
-        early = state.k == 0 or state.q is None
+        early = state.k == 0 or state.q is None or state.kinks is None
         if not self.usable or early or self.method.may_begin(state) or self.method.may_wait(state):
             return 0
         rules = (

@@ -220,9 +220,13 @@ def digest(value: Any) -> int:
 class AveragedOracle(Oracle):
     """An oracle whose every answer is the mean over the ranks, in one collective.
 
+    Kinks stay as they are: each rank would round off others.
+
     Args:
         local: the oracle of this rank, plain or compiled; its counters are the run's.
     """
+
+    rounds = False
 
     def __init__(self, local: Oracle) -> None:
         self._local = local

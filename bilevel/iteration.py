@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bilevel import kinks
 from bilevel.average import Average
 from bilevel.drawn import Batches, Drawn, drawn
 from bilevel.host import Numbers, numbers
-from bilevel.hypergradients import Estimate
+from bilevel.hypergradients import Estimate, FiniteDifference
 from bilevel.inner import Inner, inner_steps
 from bilevel.lag import (
     IN_A_ROW,
@@ -121,8 +122,10 @@ class Iteration:
         taken = found
         if n.sound:  # a failed search leaves a good point to go on from; other numbers do not
             taken = self._follow_up(found, h, n, IN_A_ROW <= flattered < IN_A_ROW + WAITS)
+        widths = self._kinks(h) if n.sound else self.state.kinks
         record = self._record(taken.move, h, n, n.failure(found.move))
-        return self._remember(taken, h, n, flattered), record
+        state = self._remember(taken, h, n, flattered)
+        return state if widths == state.kinks else kinks.rounded_off(state, widths), record
 
     @property
     def still(self) -> bool:
@@ -370,6 +373,17 @@ class Iteration:
             agreement=agreement.settle(state.k),
             learned=self._learned(taken, h, n, flattered),
         )
+
+    def _kinks(self, h: Estimate) -> tuple[float, ...] | None:
+        """Over which widths the kinks of g are rounded off from now on; None: not known yet."""
+        known, may = self.state.kinks, self.method.rounds and self.oracle.rounds
+        if known is not None:
+            return kinks.sharper(known, self.state.k)
+        if not may or h.newton is None or isinstance(self.method.hypergradient, FiniteDifference):
+            return ()
+        if not has_solution(h):  # that of a network, which kinks hardly keep
+            return kinks.none(self.state)
+        return kinks.found(self.oracle, self.state, self.inner.y, self.batches.hessian[0])
 
     def _learned(self, taken: Found, h: Estimate, n: Numbers, flattered: int) -> Learned:
         learned = h.learned[-1]._replace(concave=float(h.learned[-1].concave))

@@ -1,8 +1,10 @@
-"""Where y has stopped at a kink of g: of an absolute value, a hinge, a rectifier."""
+"""Kinks of g, of an absolute value, a hinge, a rectifier: where they are to be rounded off, and
+where y has stopped at one all the same."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +15,20 @@ from bilevel.hypergradients import FiniteDifference
 from bilevel.problem import Draw, Oracle
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
+from bilevel.rounded import Seen
 from bilevel.rules import Armijo
+from bilevel.secants import Secants
 from bilevel.state import State
 
 if TYPE_CHECKING:
     from bilevel.method import Method
 
+FIRST = 3  # iteration that looks; before, y is on its way from where it began
+LAST = 20  # the last one that does
+UNSEEN = 0.5  # share of the change of g_y along y's way that g_yy is not to miss
+SHARE = 0.03  # of the mean |z| of a kink, over which it is rounded off
+EVERY = 50  # iterations, after which that is halved,
+MOST = 5  # times at most
 FEWEST = 10  # iterations, before which nothing has stopped
 SHORTER = 8  # times shorter than the longest are steps that have
 FARTHER = 8  # times as far is each look as the one before it
@@ -26,10 +36,119 @@ JUMPS = 0.2  # share of itself by which the slope changes where a search notices
 SMOOTH = 0.02  # share by which g_yy says that it does where it hardly changes
 
 
+def found(oracle: Oracle, state: State, y: Tensor, draw: Draw) -> tuple[float, ...] | None:
+    """Over which widths the kinks of g are to be rounded off from now on, see
+    :class:`bilevel.rounded.Rounded`; (): they are not; None: not known yet.
+
+    Gradient steps stop at a kink, and second derivatives do not see it, so that hypergradients are
+    of another problem. Where, on the way that the inner steps have come, kinks were passed, and
+    g_yy misses half of the change of g_y, all those that have both sides are rounded off, over
+    ``SHARE`` of their scale. A loss that does not bear it keeps its own.
+
+    Args:
+        y: the end of the inner steps, at the x of the state.   draw: one of the hypergradient's.
+    """
+    x, start = state.vectors
+    if 0 < state.k < FIRST:
+        return None
+    here = _seen(oracle, x, y, draw)
+    if state.k == 0:
+        return None if any(z is not None for z in here) else ()
+    both = _together(here, _seen(oracle, x, start, draw))
+    if not (any(map(_passed, both)) and _misses(oracle, x, start, y, draw)):
+        return none(state)
+    widths = tuple(SHARE * float(z.abs().mean()) if _two_sided(z) else 0.0 for z in both)
+    return widths if any(widths) and _bears(oracle, x, start, y, draw, widths) else ()
+
+
+def none(state: State) -> tuple[float, ...] | None:
+    """None are to be rounded off so far."""
+    return () if state.k >= LAST else None
+
+
+def sharper(widths: tuple[float, ...], k: int) -> tuple[float, ...]:
+    """The widths after iteration k: they are halved now and then, so that the problem comes near
+    the one that was given."""
+    halved = k % EVERY == 0 and k <= MOST * EVERY
+    return tuple(eps / 2 for eps in widths) if halved else widths
+
+
+def rounded_off(state: State, widths: tuple[float, ...] | None) -> State:
+    """The state with these widths: without what belongs to the g before, if that was another."""
+    if not widths:
+        return replace(state, kinks=widths)
+    if state.kinks:  # about the same g
+        return replace(state, kinks=widths, secants=Secants())
+    fresh = State(state.layouts, state.vectors, kinks=widths, solver=state.solver)
+    kept = ("k", "cost", "seconds", "noise", "agreement")
+    return replace(fresh, **{name: getattr(state, name) for name in kept})
+
+
+def _seen(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> list[Tensor | None]:
+    with Seen() as seen, torch.enable_grad():
+        oracle.look("inner", x.detach(), y.detach().requires_grad_(), draw)
+    return seen.kinks
+
+
+def _together(here: list[Tensor | None], there: list[Tensor | None]) -> list[Tensor]:
+    """z of each kink at two points, shape (2, ...); nothing of those that y does not enter, or of
+    a loss that comes to others there."""
+    try:
+        return [
+            torch.zeros(2, 0) if a is None or b is None else torch.stack([a, b])
+            for a, b in zip(here, there, strict=True)
+        ]
+    except (ValueError, RuntimeError):
+        return []
+
+
+def _passed(z: Tensor) -> bool:
+    return bool(((z[0] > 0) != (z[1] > 0)).any())
+
+
+def _two_sided(z: Tensor) -> bool:
+    return bool((z > 0).any() and (z <= 0).any())
+
+
+def _misses(oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw) -> bool:
+    pull = oracle.record(x, y, draw)
+    change = pull.gradient - oracle.inner_gradient(x, start, draw)[1]
+    missed = change - pull.product(y - start)
+    return bool(torch.linalg.vector_norm(missed) > UNSEEN * torch.linalg.vector_norm(change))
+
+
+def _bears(
+    oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw, widths: tuple[float, ...]
+) -> bool:
+    """Whether the rounded loss has second derivatives: one whose graph is made again on the way
+    back has others there."""
+    rounded = Oracle(oracle.problem, oracle.x, oracle.y, widths)
+    rounded.cost = oracle.cost
+    try:
+        pull = rounded.record(x, y, draw)
+        parts = pull.value.view(1), pull.gradient, *pull.both(y - start)
+        return bool(torch.cat(parts).isfinite().all())
+    except Exception:
+        return False
+
+
 def tell(
     method: Method, oracle: Oracle, state: State, draw: Draw, history: list[Record], ranks: Ranks
 ) -> None:
-    """Warn where inner searches have come to nothing since y is at a kink of g."""
+    """Warn where kinks of g were rounded off, or inner searches have come to nothing since y is at
+    one."""
+    if state.kinks:
+        widths = ", ".join(f"{eps:.2g}" for eps in sorted(set(state.kinks)) if eps)
+        warnings.warn(
+            f"the inner loss has kinks that its second derivatives do not see, of an absolute "
+            f"value, a hinge or the like, and y stops at them: they were rounded off, |z| as "
+            f"sqrt(z**2 + eps**2) with eps = {widths}, and y is the minimum of that. To have other "
+            f"eps, round them off in the loss; to leave them, pass "
+            f"method=dataclasses.replace(bilevel.bisls(), rounds=False).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
     searches = isinstance(method.inner_rule, Armijo) and method.inner_solver is None
     differentiates = not isinstance(method.hypergradient, FiniteDifference)
     step = state.inner_last
@@ -40,14 +159,14 @@ def tell(
     device = state.vectors[1].device
     random = all_generators(device)  # to be left as the run has left them
     try:
-        found = at_kink(oracle, *state.vectors, draw, step, longest)
+        stopped = at_kink(oracle, *state.vectors, draw, step, longest)
     except Exception as error:  # of a loss: nothing that only warns is to end a run
         if ranks.parted(error):
             raise
         return
     finally:
         restore_generators(random, device)
-    if found:
+    if stopped:
         warnings.warn(
             f"y stopped at a kink of g: inner steps fell from {longest:.1g} to {step:.1g}, since "
             f"g_y jumps where second derivatives say that it hardly changes. y may be far from its "

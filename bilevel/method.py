@@ -52,6 +52,8 @@ class Method:
         corrects: whether a y that lags behind y*(x) is brought nearer by a Newton step, and x waits
             for one that comes from far: see :func:`bilevel.lag.corrected` and :meth:`may_wait`.
         fresh: y starts afresh in every iteration, and is brought nearer before the step instead.
+        rounds: whether kinks of g that its second derivatives miss are rounded off, see
+            :func:`bilevel.kinks.found`.
         outer_batches: of how many the outer loss is the mean, >= 1; 'auto': as many as
             :class:`bilevel.noise.Agreement` says.
 
@@ -70,6 +72,7 @@ class Method:
     averages: bool = True
     corrects: bool = True
     fresh: bool = False
+    rounds: bool = True
     outer_batches: int | Literal["auto"] = "auto"
     training: tuple[Adam | Steepest, Rule] | None = None
 
@@ -88,7 +91,7 @@ class Method:
             require.function("Method", "training", direction, "a function(g, moments, beta1)", 3)
             require.made_by("Method", "training", rule, "searches", "a rule of steps", RULES)
         require.choice("Method", "response", self.response, get_args(Response))
-        for name in ("averages", "corrects", "fresh"):
+        for name in ("averages", "corrects", "fresh", "rounds"):
             require.flag("Method", name, getattr(self, name))
         if not (isinstance(self.outer_batches, str) and self.outer_batches == "auto"):
             require.whole("Method", "outer_batches", self.outer_batches, hint=", or 'auto'")
@@ -244,7 +247,7 @@ class Method:
         none = isinstance(more_outer_batches, list | tuple) and not more_outer_batches
         if more_outer_batches is not None and not none:
             require.several("step", "more_outer_batches", more_outer_batches)
-        oracle = make_oracle(problem, *state.layouts)
+        oracle = make_oracle(problem, *state.layouts, state.kinks or ())
         oracle.require_data(outer_batch, inner_batches[0], "{}_batch", "a batch")
         oracle.cost = replace(state.cost)
         given = outer_batch, inner_batches, hessian_batches, more_outer_batches

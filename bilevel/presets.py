@@ -201,6 +201,7 @@ def fixed(
         inner_solver=inner_solver,
         averages=False,
         corrects=False,
+        rounds=False,
         outer_batches=1,
     )
 

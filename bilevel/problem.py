@@ -24,6 +24,7 @@ from bilevel.layout import Bound, Layout, tree_map
 from bilevel.randomness import Randomness
 from bilevel.require import shown, told
 from bilevel.reuse import Habit, Reuse, without_graph
+from bilevel.rounded import rounded
 from bilevel.stacked import (
     PATIENCE,
     Largest,
@@ -172,9 +173,17 @@ class Oracle:
     Gradients use autograd rather than torch.func: one recorded graph serves the products with
     g_yy alone (which need not reach back to x) and the cross term, custom functions and
     checkpointing inside a loss work, and a small problem pays half the dispatch.
+
+    Args:
+        x, y: the variables.   widths: over which kinks of g are rounded off, see
+            :mod:`bilevel.kinks`.
     """
 
-    def __init__(self, problem: Problem, x: Layout, y: Layout) -> None:
+    rounds = True  # whether kinks of g may be
+
+    def __init__(
+        self, problem: Problem, x: Layout, y: Layout, widths: Sequence[float] = ()
+    ) -> None:
         if x.device != y.device:
             raise ValueError(
                 f"x is on {x.device} and y on {y.device}, but both enter one loss; "
@@ -204,6 +213,7 @@ class Oracle:
                 f"convert one of them with .to(dtype)."
             )
         self.problem, self.x, self.y = problem, x, y
+        self._losses = {"outer": problem.outer, "inner": rounded(problem.inner, widths)}
         self.cost = Cost()
         self._reuse = {level: Reuse(problem.habit, level) for level in ("outer", "inner")}
         self._randomness = Randomness(y.device)
@@ -239,7 +249,7 @@ class Oracle:
 
     def call(self, level: str, x: Tensor, y: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """The loss as a pure function of two vectors and a batch."""
-        loss = self.problem.outer if level == "outer" else self.problem.inner
+        loss = self._losses[level]
         if self._pair is not None and torch.compiler.is_compiling():
             return self._call_in_graph(loss, x, y, batch)
         with self.bound(x, y):
@@ -275,6 +285,11 @@ class Oracle:
         if draw.random:
             self.problem.habit.random.add(level)
         return value
+
+    def look(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Any:
+        """What the loss returns on one batch, evaluated anew."""
+        self.cost.loss_evaluations += 1
+        return self.replayed(level, draw, self.call, level, x, y, self._batch(level, draw))
 
     def _loss(self, level: str, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         if isinstance(draw, Joint):
@@ -637,15 +652,15 @@ def _takes_batch(loss: Callable[..., Any], level: str) -> bool | None:
     return None if able == [True, True] else able[1]
 
 
-def make_oracle(problem: Problem, x: Layout, y: Layout) -> Oracle:
-    """The oracle that the problem asks for: plain, or through torch.compile; averaged over the
-    ranks where a process group with more than one is initialised."""
-    oracle = Oracle
-    if problem.compile:
+def make_oracle(problem: Problem, x: Layout, y: Layout, widths: Sequence[float] = ()) -> Oracle:
+    """The oracle that the problem asks for: plain, or through torch.compile where g is not rounded
+    off; averaged over the ranks where a process group with more than one is initialised."""
+    if problem.compile and not widths:
         from bilevel.compiled import CompiledOracle  # torch.compile is slow to import
 
-        oracle = CompiledOracle
-    made = oracle(problem, x, y)
+        made: Oracle = CompiledOracle(problem, x, y)
+    else:
+        made = Oracle(problem, x, y, widths)
     from bilevel.distributed import AveragedOracle, Ranks  # which builds on this module
 
     if Ranks(y.device).size == 1:

@@ -61,6 +61,7 @@ class State:
         agreement: of outer batches, where their number is 'auto'.
         learned: from the linear systems.
         secants: of the hypergradients, where nothing has noise.
+        kinks: over which widths those of g are rounded off; None: not known yet.
     """
 
     layouts: tuple[Layout, Layout] = field(repr=False)
@@ -81,6 +82,7 @@ class State:
     learned: Learned = Learned()
     training: Training = field(default=Training(), repr=False)
     secants: Secants = field(default=Secants(), repr=False)
+    kinks: tuple[float, ...] | None = None
 
     @property
     def x(self) -> Variable:

@@ -460,6 +460,7 @@ METHODS = [
             hypergradient=HYPERGRADIENT, direction=no_function(3), outer_rule=no(),
             inner_rule=no(), response=no_choice(["tangent", "refine", "frozen"]),
             inner_solver=INNER_SOLVER, averages=no("bool"), corrects=no("bool"), fresh=no("bool"),
+            rounds=no("bool"),
             outer_batches=no_count(), training=no("none")),
     *option("Method.step", stepped, problem=no(), state=no(),
             inner_batches=no("int", "list", "tuple") | st.integers(max_value=0) | st.just([]),

@@ -1,0 +1,165 @@
+"""Losses whose kinks are rounded off: |z| as sqrt(z^2 + eps^2), and so all that is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Seen(TorchFunctionMode):
+    """A mode that leaves kinks as they are.
+
+    Attributes:
+        kinks: z of each |z| that a loss comes to, in their order; None where it requires no
+            gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinks: list[Tensor | None] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if rule := _rule(func, args):
+            with suppress(Exception):  # of other arguments, of which the function itself may tell
+                rule(self._size, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _size(self, z: Tensor) -> Tensor:
+        self.kinks.append(z.detach() if z.requires_grad else None)
+        return z
+
+
+class Rounded(TorchFunctionMode):
+    """A mode in which |z| is sqrt(z^2 + eps^2).
+
+    Args:
+        widths: eps of each kink, in the order in which a loss comes to them; 0, or none, leaves it
+            sharp.
+    """
+
+    def __init__(self, widths: Sequence[float]) -> None:
+        super().__init__()
+        self._widths = iter(widths)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = _rule(func, args)
+        value = rule(self._size, *args, **kwargs) if rule else None
+        return func(*args, **kwargs) if value is None else value
+
+    def _size(self, z: Tensor) -> Tensor:
+        eps = next(self._widths, 0.0)
+        return (z.square() + eps**2).sqrt() if eps else z.abs()
+
+
+def rounded(loss: Callable[..., Tensor], widths: Sequence[float]) -> Callable[..., Tensor]:
+    """The loss with its kinks rounded off, see :class:`Rounded`."""
+    if not widths:
+        return loss
+
+    def evaluate(*args: Any) -> Tensor:
+        with Rounded(widths):
+            return loss(*args)
+
+    return evaluate
+
+
+Size = Callable[[Tensor], Tensor]
+
+
+def _above(size: Size, a: Any, b: Any) -> Any:
+    """max(a, b)."""
+    return (a + b + size(a - b)) / 2
+
+
+def _below(size: Size, a: Any, b: Any) -> Any:
+    """min(a, b)."""
+    return (a + b - size(a - b)) / 2
+
+
+def _abs(size: Size, input: Tensor) -> Tensor:
+    return size(input)
+
+
+def _relu(size: Size, input: Tensor, inplace: bool = False) -> Tensor | None:
+    return None if inplace else _above(size, input, 0.0)
+
+
+def _leaky_relu(
+    size: Size, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
+) -> Tensor | None:
+    a = negative_slope
+    return None if inplace else ((1 + a) * input + (1 - a) * size(input)) / 2
+
+
+def _maximum(size: Size, input: Tensor, other: Any = None, **others: Any) -> Tensor | None:
+    binary = isinstance(other, Tensor) and not others  # not over a dimension
+    return _above(size, input, other) if binary else None
+
+
+def _minimum(size: Size, input: Tensor, other: Any = None, **others: Any) -> Tensor | None:
+    binary = isinstance(other, Tensor) and not others
+    return _below(size, input, other) if binary else None
+
+
+def _clamp(size: Size, input: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    value = input if min is None else _above(size, input, min)
+    return value if max is None else _below(size, value, max)
+
+
+def _clamp_max(size: Size, input: Tensor, max: Any) -> Tensor:
+    return _below(size, input, max)
+
+
+def _l1_loss(
+    size: Size, input: Tensor, target: Tensor, *more: Any, reduction: str = "mean", **others: Any
+) -> Tensor | None:
+    if _given(more, others):
+        return None
+    each = size(input - target)
+    return each if reduction == "none" else getattr(each, reduction)()
+
+
+def _norm(size: Size, input: Tensor, *args: Any, **others: Any) -> Tensor | None:
+    return size(input).sum() if _given(args, others) == [1] else None
+
+
+def _given(args: Sequence[Any], others: dict[str, Any]) -> list[Any]:
+    """Arguments that are other than by default."""
+    return [value for value in (*args, *others.values()) if value not in (None, False)]
+
+
+# by the names of torch's functions, however they are called
+RULES: dict[str, Callable[..., Tensor | None]] = {
+    "abs": _abs,
+    "absolute": _abs,
+    "relu": _relu,
+    "leaky_relu": _leaky_relu,
+    "maximum": _maximum,
+    "max": _maximum,
+    "minimum": _minimum,
+    "min": _minimum,
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": _clamp_max,
+    "l1_loss": _l1_loss,
+    "norm": _norm,
+    "linalg_norm": _norm,
+    "linalg_vector_norm": _norm,
+}
+
+
+def _rule(func: Any, args: tuple[Any, ...]) -> Callable[..., Tensor | None] | None:
+    """Of one of torch's functions of real numbers."""
+    real = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+    return RULES.get(getattr(func, "__name__", "")) if real else None

@@ -122,6 +122,7 @@ def variants() -> dict[str, Method]:
         "g may lose nothing": replace(
             default, hypergradient=Strict(DEFAULT.solver, average="auto")
         ),
+        "kinks kept": replace(default, rounds=False),
         "no leaps": Grounded(**vars(default)),
         "x never stays": Going(**vars(default)),
         "1 outer batch": replace(default, outer_batches=1),

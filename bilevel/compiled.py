@@ -41,7 +41,7 @@ class CompiledOracle(Oracle):
 
     def __init__(self, problem: Problem, x: Layout, y: Layout) -> None:
         super().__init__(problem, x, y)
-        self.stacks = False  # what is compiled is of one batch
+        self.may_stack = False  # what is compiled is of one batch
         self._functions = _compiled(self, problem, x, y)
 
     def _run(self, name: str, draw: Draw, level: str, *args: Tensor) -> Any:

@@ -226,7 +226,7 @@ class AveragedOracle(Oracle):
         local: the oracle of this rank, plain or compiled; its counters are the run's.
     """
 
-    rounds = False
+    may_round = False
 
     def __init__(self, local: Oracle) -> None:
         self._local = local

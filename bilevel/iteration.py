@@ -16,12 +16,12 @@ from torch import Tensor
 from bilevel import kinks
 from bilevel.average import Average
 from bilevel.drawn import Batches, Drawn, drawn
+from bilevel.heading import Heading, heading
 from bilevel.host import Numbers, numbers
 from bilevel.hypergradients import Estimate, FiniteDifference
 from bilevel.inner import Inner, inner_steps
 from bilevel.lag import (
     IN_A_ROW,
-    SOLVED,
     WAITS,
     arrived,
     corrected,
@@ -35,10 +35,9 @@ from bilevel.lengths import STRAIGHT, leap
 from bilevel.linear import CONVEX, Learned
 from bilevel.problem import Draw, Oracle
 from bilevel.record import Record
-from bilevel.rules import Line, Moments, Move
+from bilevel.rules import Line, Move
 from bilevel.secants import Secants
 from bilevel.state import State
-from bilevel.steps import rounding_of
 from bilevel.trials import Trials
 
 if TYPE_CHECKING:
@@ -59,22 +58,6 @@ def iterate(method: Method, oracle: Oracle, state: State, batches: Batches) -> t
     outers = (outer_batch, *(more or []))
     picked = drawn(oracle, method.wanted(state), draws, outers, hessian_batches, alone)
     return Iteration(method, oracle, state, draws, picked, inner).take()
-
-
-class Heading(NamedTuple):
-    """Where to go.
-
-    Attributes:
-        d: the direction.   last: what its step-size rule carries over.
-        moments, secants: with the hypergradient in them.
-        newton: whether d is that of the secants, whose steps have lengths of their own.
-    """
-
-    d: Tensor
-    last: float | None
-    moments: Moments
-    secants: Secants
-    newton: bool
 
 
 class Found(NamedTuple):
@@ -150,8 +133,8 @@ class Iteration:
         """y, as the inner steps leave it or nearer to y*(x), the hypergradient there, and where it
         points."""
         y, state = self.inner.y, self.state
-        quiet = self.quiet and (state.k == 0 or state.learned.quiet)
-        h = self._hypergradient(y, state.q, state.learned._replace(quiet=quiet))
+        close = self.quiet and (state.k == 0 or state.learned.close)
+        h = self._hypergradient(y, state.q, state.learned._replace(close=close))
         if self.searches and (self.method.refreshes or self.quiet):
             return self._refreshed(y, h)
         return y, h, self._heading(h)
@@ -218,39 +201,8 @@ class Iteration:
         return Found(trials, line, move, point, leapt, heading, lost)
 
     def _heading(self, h: Estimate) -> Heading:
-        state, method = self.state, self.method
-        beta1 = state.lengths.memory(state.learned.exact)
-        d, moments = method.direction(h.grad, state.moments, beta1)
-        heading = Heading(d, state.outer_last, moments, Secants(), False)
-        if not (self._solves(h) and state.outer_last):
-            return heading
-        secants = state.secants.add(state.vectors[0], h.grad, h.value)
-        if secants.trusted:
-            d = secants.along(h.grad, method.scales(moments))
-            if bool(torch.dot(h.grad, d) < 0):
-                secants = secants._replace(newton=True)
-                return Heading(d, method.whole, moments, secants, True)
-        heading = heading._replace(secants=secants)
-        return self._back(heading, h) if secants.longer > 1 else heading
-
-    def _back(self, heading: Heading, h: Estimate) -> Heading:
-        """A step that has collapsed comes back, no farther than searches have led, and where f is
-        not so flat that this would be lost in rounding."""
-        last, longer, farthest = heading.last, heading.secants.longer, self.state.lengths.farthest
-        slope, norm = torch.dot(h.grad, heading.d), torch.linalg.vector_norm(heading.d)
-        value, slope, norm = torch.stack([h.value, slope, norm]).tolist()
-        assert last is not None
-        if not farthest * -slope > 8 * rounding_of(value, h.value.dtype) * norm:
-            return heading
-        most = min(longer * last, farthest / norm) * self.method.whole
-        return heading._replace(last=max(last, most))
-
-    def _solves(self, h: Estimate) -> bool:
-        """Whether h is the gradient of F, as far as is known: secants are of that alone, and of
-        free steps."""
-        if not self.quiet or self.oracle.problem.project is not None or h.residual is None:
-            return False
-        return has_solution(h) and bool(h.residual <= SOLVED)
+        free = self.quiet and self.oracle.problem.project is None
+        return heading(self.method, self.state, h, free)
 
     def _margin(self, h: Estimate) -> float:
         """By how much g may lose where y follows x: what the inner steps gained, where g is that of
@@ -376,7 +328,7 @@ class Iteration:
 
     def _kinks(self, h: Estimate) -> tuple[float, ...] | None:
         """Over which widths the kinks of g are rounded off from now on; None: not known yet."""
-        known, may = self.state.kinks, self.method.rounds and self.oracle.rounds
+        known, may = self.state.kinks, self.method.rounds and self.oracle.may_round
         if known is not None:
             return kinks.sharper(known, self.state.k)
         if not may or h.newton is None or isinstance(self.method.hypergradient, FiniteDifference):
@@ -395,10 +347,10 @@ class Iteration:
             exact = self.quiet and has_solution(h)
             exact = exact and is_exact(n.residual, learned.halvings, taken.behind)
             learned = learned._replace(exact=learned.exact + 1 if exact else 0)
-        quiet = self.quiet and bool(learned.lately <= CONVEX)
-        if quiet:  # y may have come to where g is convex
+        close = self.quiet and bool(learned.lately <= CONVEX)
+        if close:  # y may have come to where g is convex
             learned = learned._replace(concave=FADES * learned.concave)
-        return learned._replace(quiet=quiet, lately=0.0)
+        return learned._replace(close=close, lately=0.0)
 
     def _record(self, move: Move, h: Estimate, n: Numbers, failure: str | None) -> Record:
         inner, cost = self.inner, self.oracle.cost

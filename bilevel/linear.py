@@ -31,7 +31,7 @@ FLOOR = 3e-3  # share of the largest curvature that is told from nothing where g
 LOOSE = 0.1  # relative residual to begin with where it is to be found out
 MOST_HALVINGS = 10
 CONVEX = 1e-6  # of negative curvature is that of a g which a close solution does not lead off
-QUIET_HALVINGS = 4  # where nothing has noise, of such a g: the least
+CLOSE_HALVINGS = 4  # where nothing has noise, of such a g: the least
 HELD = 20  # vectors of a Krylov space at most, then
 
 
@@ -46,8 +46,9 @@ class Learned(NamedTuple):
         unsolved: iterations in a row that left q farther from solving its system than zero is.
         flattered: iterations in a row in which f was too low, see :func:`bilevel.lag.is_flattered`.
         exact: iterations in a row with a hypergradient of F, see :func:`bilevel.lag.is_exact`.
-        quiet: whether nothing has noise, so that a closer solution is no waste, and no system of
-            the iteration before has met a negative curvature that one would be led off by.
+        close: whether the next system is to be solved closely: nothing has noise, so that this is
+            no waste, and no system of the iteration before has met a negative curvature that it
+            would be led off by.
     """
 
     concave: Concave = 0.0
@@ -56,12 +57,12 @@ class Learned(NamedTuple):
     unsolved: int = 0
     flattered: int = 0
     exact: int = 0
-    quiet: bool = False
+    close: bool = False
 
     @property
     def closer(self) -> Any:
         """Halvings of the residual that is enough for the next system."""
-        return max(self.halvings, QUIET_HALVINGS) if self.quiet else self.halvings
+        return max(self.halvings, CLOSE_HALVINGS) if self.close else self.halvings
 
     def judge(self, apart: Any, concave: Any = None) -> Learned:
         """After an iteration in which two estimates of one slope were ``apart``, relative to it;

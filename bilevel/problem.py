@@ -179,7 +179,7 @@ class Oracle:
             :mod:`bilevel.kinks`.
     """
 
-    rounds = True  # whether kinks of g may be
+    may_round = True  # whether kinks of g may be
 
     def __init__(
         self, problem: Problem, x: Layout, y: Layout, widths: Sequence[float] = ()
@@ -217,7 +217,7 @@ class Oracle:
         self.cost = Cost()
         self._reuse = {level: Reuse(problem.habit, level) for level in ("outer", "inner")}
         self._randomness = Randomness(y.device)
-        self.stacks = True  # inner batches that are averaged, where the loss bears it
+        self.may_stack = True  # inner batches that are averaged, where the loss bears it
         self._pair = _Pair(x, y) if x.module is not None or y.module is not None else None
 
     # -- the losses ------------------------------------------------------------------------
@@ -362,7 +362,7 @@ class Oracle:
     def _stacked(self, x: Tensor, y: Tensor, draws: Sequence[Draw]) -> Sequence[Draw]:
         habit, m = self.problem.habit, len(draws)
         early = self.cost.hessian_products < PATIENCE
-        if early or not self.stacks or "inner" in habit.random:
+        if early or not self.may_stack or "inner" in habit.random:
             return draws
         if m not in habit.stacks:
             whole = Stacked.of(draws)
@@ -665,5 +665,7 @@ def make_oracle(problem: Problem, x: Layout, y: Layout, widths: Sequence[float] 
 
     if Ranks(y.device).size == 1:
         return made
-    made.stacks = False  # losses may speak to each other, and must be called as often on all ranks
+    made.may_stack = (
+        False  # losses may speak to each other, and must be called as often on all ranks
+    )
     return AveragedOracle(made)

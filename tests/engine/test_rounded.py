@@ -436,7 +436,7 @@ def test_a_rounded_problem_begins_anew():
 def test_ranks_keep_their_kinks():
     from bilevel.distributed import AveragedOracle
 
-    assert Oracle.rounds and not AveragedOracle.rounds
+    assert Oracle.may_round and not AveragedOracle.may_round
 
 
 def test_widths_are_those_of_the_inner_loss_alone():

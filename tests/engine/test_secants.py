@@ -13,7 +13,7 @@ import bilevel
 from bilevel import lag, secants
 from bilevel.iteration import Iteration
 from bilevel.lengths import BUDGET_KEPT, Lengths
-from bilevel.linear import LOOSE, QUIET_HALVINGS, ConjugateGradient, Learned, watched
+from bilevel.linear import CLOSE_HALVINGS, LOOSE, ConjugateGradient, Learned, watched
 from bilevel.secants import DOUBT, KEPT, LONGER, PAIRS, TRUSTED, Secants
 from tests.tables import t
 
@@ -240,19 +240,19 @@ def test_a_search_that_fails_forgets_them():
 
 
 def test_systems_are_solved_closer_where_nothing_has_noise():
-    quiet, few = Learned(quiet=True), Learned(halvings=2)
-    assert (quiet.closer, few.closer, Learned().closer) == (QUIET_HALVINGS, 2, 0)
-    assert Learned(halvings=7, quiet=True).closer == 7
+    close, few = Learned(close=True), Learned(halvings=2)
+    assert (close.closer, few.closer, Learned().closer) == (CLOSE_HALVINGS, 2, 0)
+    assert Learned(halvings=7, close=True).closer == 7
     H, b = torch.logspace(0, 3, 60, dtype=torch.float64), torch.ones(60, dtype=torch.float64)
     left = []
-    for learned in (quiet, Learned()):
+    for learned in (close, Learned()):
         q, _ = watched(ConjugateGradient(150, "auto"), lambda u, *_: H * u, b, None, learned)
         left.append(float((H * q - b).norm() / b.norm()))
-    least = LOOSE * 0.5**QUIET_HALVINGS
+    least = LOOSE * 0.5**CLOSE_HALVINGS
     assert left[0] <= least < left[1] <= LOOSE
     for data, expected in ({}, True), ({"inner_data": [t(1.0), t(1.3)]}, False):
         states, _ = seen(3, **data)
-        assert [state.learned.quiet for state in states] == [expected] * 3
+        assert [state.learned.close for state in states] == [expected] * 3
 
 
 def test_y_is_near_before_the_hypergradient_and_not_moved_after(monkeypatch):

@@ -58,8 +58,9 @@ def bisls(
     with c between 0.3 and 0.6, as the noise of f asks for, and 0.8 for the inner steps. f is the
     mean of 1 to 8 outer batches, as it asks for, too, or of as many draws, where f draws random
     numbers itself. A first step is judged once more where y has settled; where f has kinks a longer
-    step than those found is tried now and then; and while the linear system of h is left unsolved
-    (a residual above 1 three times in a row, without noise in g) x stays.
+    step than those found is tried now and then; while the linear system of h is left unsolved
+    (a residual above 1 three times in a row, without noise in g) x stays; and kinks of g that its
+    second derivatives miss, of |z| or hinges, are rounded off, which a warning tells.
 
     Args:
         direction: 'adam' or 'sgd' (A = I). The inner direction is -g_y in both; that of Adam where
@@ -166,6 +167,7 @@ def bisps(
         Polyak(inner_lower_bound, c, 0.0, max_inner_step),
         inner_solver=inner_solver,
         corrects=False,
+        rounds=False,  # it lags where g is stiff, as rounded kinks are
         outer_batches=1,
     )
 

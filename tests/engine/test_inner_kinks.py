@@ -207,7 +207,7 @@ def shrunk(x, steps=4000):
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": replace(bilevel.bisps(), rounds=False)},
+        {"method": "bisps"},
         {"method": "adam"},
         {"method": sharp(inner_solver=lambda y: torch.optim.SGD(y, 0.1))},
         {"steps": 5},

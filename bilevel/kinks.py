@@ -91,13 +91,21 @@ def _seen(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> list[Tensor | Non
 
 
 def _together(here: list[Tensor | None], there: list[Tensor | None]) -> list[Tensor]:
-    """z of each kink at two points, shape (2, ...); nothing of those that y does not enter, or of
-    a loss that comes to others there."""
+    """z of each kink at two points, shape (2, ...): of numbers themselves, of vectors the lengths,
+    the second one below 0 where they have turned. Nothing of those that y does not enter, or of a
+    loss that comes to others there."""
+
+    def both(a: Tensor | None, b: Tensor | None) -> Tensor:
+        if a is None or b is None:
+            return torch.zeros(2, 0)
+        z = torch.stack([a, b])
+        if z.shape[-1] == 1:
+            return z[..., 0]
+        lengths = torch.linalg.vector_norm(z, dim=-1)
+        return torch.stack([lengths[0], lengths[1] * (z[0] * z[1]).sum(-1).sign()])
+
     try:
-        return [
-            torch.zeros(2, 0) if a is None or b is None else torch.stack([a, b])
-            for a, b in zip(here, there, strict=True)
-        ]
+        return [both(a, b) for a, b in zip(here, there, strict=True)]
     except (ValueError, RuntimeError):
         return []
 

@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+Dims = int | Sequence[int] | None
 
 
 class Seen(TorchFunctionMode):
     """A mode that leaves kinks as they are.
 
     Attributes:
-        kinks: z of each |z| that a loss comes to, in their order; None where it requires no
-            gradient.
+        kinks: z of each |z| that a loss comes to, in their order, shape (..., m): of vectors of m
+            numbers, or of numbers, m = 1; None where it requires no gradient.
     """
 
     def __init__(self) -> None:
@@ -31,13 +34,15 @@ class Seen(TorchFunctionMode):
                 rule(self._size, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _size(self, z: Tensor) -> Tensor:
-        self.kinks.append(z.detach() if z.requires_grad else None)
+    def _size(self, z: Tensor, dims: Sequence[int] = ()) -> Tensor:
+        last = range(-len(dims), 0)
+        rows = z.detach().movedim(tuple(dims), tuple(last)) if dims else z.detach()[..., None]
+        self.kinks.append(rows.flatten(-max(len(dims), 1)) if z.requires_grad else None)
         return z
 
 
 class Rounded(TorchFunctionMode):
-    """A mode in which |z| is sqrt(z^2 + eps^2).
+    """A mode in which |z| is sqrt(z^2 + eps^2), also the length of vectors z.
 
     Args:
         widths: eps of each kink, in the order in which a loss comes to them; 0, or none, leaves it
@@ -56,9 +61,12 @@ class Rounded(TorchFunctionMode):
         value = rule(self._size, *args, **kwargs) if rule else None
         return func(*args, **kwargs) if value is None else value
 
-    def _size(self, z: Tensor) -> Tensor:
+    def _size(self, z: Tensor, dims: Sequence[int] = ()) -> Tensor:
         eps = next(self._widths, 0.0)
-        return (z.square() + eps**2).sqrt() if eps else z.abs()
+        if not eps:
+            return torch.linalg.vector_norm(z, dim=dims, keepdim=True) if dims else z.abs()
+        square = z.square().sum(tuple(dims), keepdim=True) if dims else z.square()
+        return (square + eps**2).sqrt()
 
 
 def rounded(loss: Callable[..., Tensor], widths: Sequence[float]) -> Callable[..., Tensor]:
@@ -73,7 +81,7 @@ def rounded(loss: Callable[..., Tensor], widths: Sequence[float]) -> Callable[..
     return evaluate
 
 
-Size = Callable[[Tensor], Tensor]
+Size = Callable[..., Tensor]  # |z|, or what takes its place; of vectors in some dimensions
 
 
 def _above(size: Size, a: Any, b: Any) -> Any:
@@ -129,8 +137,47 @@ def _l1_loss(
     return each if reduction == "none" else getattr(each, reduction)()
 
 
-def _norm(size: Size, input: Tensor, *args: Any, **others: Any) -> Tensor | None:
-    return size(input).sum() if _given(args, others) == [1] else None
+def _norm(
+    size: Size,
+    input: Tensor,
+    p: Any = "fro",
+    dim: Dims = None,
+    keepdim: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    """A sum of absolute values, or the length of vectors."""
+    if p not in (1, 2, "fro") or _given((), others):
+        return None
+    dims = range(input.dim()) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = tuple(d % max(input.dim(), 1) for d in dims)
+    each = size(input).sum(dims, keepdim=True) if p == 1 else size(input, dims)
+    return each if keepdim else each.sum(dims)
+
+
+def _vector_norm(
+    size: Size,
+    x: Tensor,
+    ord: Any = 2,
+    dim: Dims = None,
+    keepdim: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    return _norm(size, x, ord, dim, keepdim, **others)
+
+
+def _linalg_norm(
+    size: Size,
+    A: Tensor,
+    ord: Any = None,
+    dim: Dims = None,
+    keepdim: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    """Not of matrices, whose norms of these names are others."""
+    if isinstance(dim, int):
+        dim = (dim,)
+    vectors = ord is None or (A.dim() if dim is None else len(dim)) == 1
+    return _norm(size, A, ord or 2, dim, keepdim, **others) if vectors else None
 
 
 def _given(args: Sequence[Any], others: dict[str, Any]) -> list[Any]:
@@ -154,8 +201,8 @@ RULES: dict[str, Callable[..., Tensor | None]] = {
     "clamp_max": _clamp_max,
     "l1_loss": _l1_loss,
     "norm": _norm,
-    "linalg_norm": _norm,
-    "linalg_vector_norm": _norm,
+    "linalg_norm": _linalg_norm,
+    "linalg_vector_norm": _vector_norm,
 }
 
 

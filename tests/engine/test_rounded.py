@@ -27,6 +27,10 @@ def size(z):
     return (z**2 + EPS**2) ** 0.5
 
 
+def length(z, *dim):
+    return ((z**2).sum(*dim) + EPS**2) ** 0.5
+
+
 def above(a, b):
     return (a + b + size(a - b)) / 2
 
@@ -58,6 +62,25 @@ KINKED = {
     "z.norm": (lambda z: z.norm(p=1), lambda z: size(z).sum()),
     "linalg.norm": (lambda z: torch.linalg.norm(z, ord=1), lambda z: size(z).sum()),
     "vector_norm": (lambda z: torch.linalg.vector_norm(z, 1), lambda z: size(z).sum()),
+    "1-norms of rows": (
+        lambda z: torch.norm(z.outer(C), 1, dim=1, keepdim=True),
+        lambda z: size(z.outer(C)).sum(1, keepdim=True),
+    ),
+    "z.norm()": (lambda z: z.norm(), length),
+    "Frobenius": (lambda z: torch.linalg.norm(z.outer(C)), lambda z: length(z.outer(C))),
+    "of rows": (lambda z: (z.outer(C) - 1).norm(dim=1), lambda z: length(z.outer(C) - 1, 1)),
+    "torch.norm of columns": (
+        lambda z: torch.norm(z.outer(C) - 1, p=2, dim=(0,)),
+        lambda z: length(z.outer(C) - 1, 0),
+    ),
+    "linalg of rows": (
+        lambda z: torch.linalg.norm(z.outer(C) - 1, 2, dim=-1),
+        lambda z: length(z.outer(C) - 1, 1),
+    ),
+    "vector_norm of two": (
+        lambda z: torch.linalg.vector_norm((z.outer(C) - 1)[None], dim=(0, 2)),
+        lambda z: length(z.outer(C) - 1, 1),
+    ),
 }
 
 
@@ -76,7 +99,7 @@ def test_what_a_kink_becomes(name):
         for f in (value, formula)
     )
     torch.testing.assert_close(of_value, of_formula)
-    assert of_formula.diagonal().abs().min() > 0  # which the function itself has nowhere
+    assert of_formula.diagonal().abs().min() > 0
     torch.testing.assert_close(value(Z, 1e-9), plain(Z), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(value(Z, 0.0), plain(Z), rtol=1e-14, atol=1e-14)
 
@@ -101,9 +124,11 @@ def test_every_rule_is_tried():
         lambda z: z.max(),
         lambda z: z.max(0).values,
         lambda z: z.max(dim=0, keepdim=True).values,
-        lambda z: z.norm(),
-        lambda z: torch.linalg.vector_norm(z[None], 1, dim=1),
-        lambda z: torch.norm(z[None], 1, dim=1),
+        lambda z: z.norm(3),
+        lambda z: torch.linalg.norm(z.outer(C), ord=1),  # the largest of columns
+        lambda z: torch.linalg.norm(z.outer(C), 2),  # the largest singular value
+        lambda z: torch.linalg.norm(z.outer(C), 2, dim=(0, 1)),
+        lambda z: torch.linalg.vector_norm(z, torch.inf),
         lambda z: torch.relu_(z * 2),
         lambda z: nn.ReLU(inplace=True)(z * 2),
         lambda z: z[(z > 0).long().clamp(min=0)],  # an index stays one
@@ -133,10 +158,21 @@ def test_what_is_seen_is_what_requires_gradients():
     with Seen() as seen:
         value = (B.abs() + (2 * z - B).abs() * F.l1_loss(z, C)).clamp(max=1.0)
     none, first, second, third = seen.kinks
-    assert none is None and torch.equal(first, 2 * Z - B) and torch.equal(second, Z - C)
+    assert none is None and torch.equal(first[:, 0], 2 * Z - B)
+    assert torch.equal(second[:, 0], Z - C)
     assert third is not None and not third.requires_grad
     plain = (B.abs() + (2 * Z - B).abs() * F.l1_loss(Z, C)).clamp(max=1.0)
     assert torch.equal(value, plain)
+
+
+def test_vectors_are_seen_whole():
+    z = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    with Seen() as seen:
+        z.norm(dim=1), z.norm(), z.norm(dim=(2, 0)), torch.norm(z, 1)
+    rows, whole, pairs, numbers = (z.detach() for z in seen.kinks)
+    assert torch.equal(rows, z.detach().transpose(1, 2)) and whole.shape == (24,)
+    assert pairs.shape == (3, 8) and torch.equal(pairs[1, :2], z.detach()[:, 1, 0])
+    assert numbers.shape == (2, 3, 4, 1)
 
 
 # -- where ---------------------------------------------------------------------------------------

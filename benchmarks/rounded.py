@@ -71,6 +71,25 @@ def lasso(seed: int, eps: float = 0.0, penalties: int = 1, size: int | None = No
     return posed(inner, outer, start, torch.zeros(30), eps, 60, size)
 
 
+def groups(seed: int, eps: float = 0.0, size: int | None = None) -> Case:
+    """A penalty for each of ten groups of four features, of which three count."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    w = torch.zeros(10, 4)
+    w[:3] = 2 * draw(3, 4)
+    A, B = draw(60, 40), draw(200, 40)
+    a, b = A @ w.flatten() + draw(60), B @ w.flatten() + draw(200)
+
+    def inner(x: Tensor, y: Tensor, eps: float, i: Tensor) -> Tensor:
+        r, each = A[i].to(y) @ y - a[i].to(y), y.view(10, 4)
+        lengths = (each.square().sum(1) + eps**2).sqrt() if eps else each.norm(dim=1)
+        return r.square().mean() / 2 + (x.exp() * lengths).sum()
+
+    def outer(x: Tensor, y: Tensor) -> Tensor:
+        return (B.to(y) @ y - b.to(y)).square().mean()
+
+    return posed(inner, outer, torch.full((10,), -3.0), torch.zeros(40), eps, 60, size)
+
+
 def hinges(seed: int, eps: float = 0.0, size: int | None = None) -> Case:
     """A weight for each of eighty examples of a support vector machine, 24 of a wrong label."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
@@ -108,6 +127,7 @@ def deviations(seed: int, eps: float = 0.0, size: int | None = None) -> Case:
 KINDS = {
     "lasso": lasso,
     "lasso, each feature": partial(lasso, penalties=30),
+    "lasso, groups": groups,
     "hinges": hinges,
     "absolute deviations": deviations,
 }

@@ -333,8 +333,6 @@ class Iteration:
             return kinks.sharper(known, self.state.k)
         if not may or h.newton is None or isinstance(self.method.hypergradient, FiniteDifference):
             return ()
-        if not has_solution(h):  # that of a network, which kinks hardly keep
-            return kinks.none(self.state)
         return kinks.found(self.oracle, self.state, self.inner.y, self.batches.hessian[0])
 
     def _learned(self, taken: Found, h: Estimate, n: Numbers, flattered: int) -> Learned:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
 
+from bilevel.compare import everywhere
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import FiniteDifference
 from bilevel.problem import Draw, Oracle
@@ -27,6 +29,7 @@ FIRST = 3  # iteration that looks; before, y is on its way from where it began
 LAST = 20  # the last one that does
 UNSEEN = 0.5  # share of the change of g_y along y's way that g_yy is not to miss
 SHARE = 0.03  # of the mean |z| of a kink, over which it is rounded off
+GROSS = 30  # times the median, which the mean is to be at most
 EVERY = 50  # iterations, after which that is halved,
 MOST = 5  # times at most
 FEWEST = 10  # iterations, before which nothing has stopped
@@ -41,9 +44,10 @@ def found(oracle: Oracle, state: State, y: Tensor, draw: Draw) -> tuple[float, .
     :class:`bilevel.rounded.Rounded`; (): they are not; None: not known yet.
 
     Gradient steps stop at a kink, and second derivatives do not see it, so that hypergradients are
-    of another problem. Where, on the way that the inner steps have come, kinks were passed, and
-    g_yy misses half of the change of g_y, all those that have both sides are rounded off, over
-    ``SHARE`` of their scale. A loss that does not bear it keeps its own.
+    of another problem. Where kinks are passed on the way that the inner steps have come, or as far
+    along -g_y as g_yy says that g falls, and g_yy misses half of the change of g_y on it, all those
+    that have both sides are rounded off, over ``SHARE`` of their scale. They are those of the loss
+    itself: a network may have its rectifiers. A loss that does not bear it keeps its own.
 
     Args:
         y: the end of the inner steps, at the x of the state.   draw: one of the hypergradient's.
@@ -51,14 +55,16 @@ def found(oracle: Oracle, state: State, y: Tensor, draw: Draw) -> tuple[float, .
     x, start = state.vectors
     if 0 < state.k < FIRST:
         return None
-    here = _seen(oracle, x, y, draw)
+    here = _own(oracle, x, y, draw)
     if state.k == 0:
         return None if any(z is not None for z in here) else ()
-    both = _together(here, _seen(oracle, x, start, draw))
-    if not (any(map(_passed, both)) and _misses(oracle, x, start, y, draw)):
-        return none(state)
-    widths = tuple(SHARE * float(z.abs().mean()) if _two_sided(z) else 0.0 for z in both)
-    return widths if any(widths) and _bears(oracle, x, start, y, draw, widths) else ()
+    for other in (start, _lowest(oracle, x, y, draw)):
+        both = _together(here, _seen(oracle, x, other, draw))
+        if any(map(_passed, both)) and _misses(oracle, x, other, y, draw):
+            widths = tuple(SHARE * _scale(z[0]) if _two_sided(z) else 0.0 for z in both)
+            bears = any(widths) and _bears(oracle, x, other, y, draw, widths)
+            return widths if bears else ()
+    return none(state)
 
 
 def none(state: State) -> tuple[float, ...] | None:
@@ -81,13 +87,44 @@ def rounded_off(state: State, widths: tuple[float, ...] | None) -> State:
         return replace(state, kinks=widths, secants=Secants())
     fresh = State(state.layouts, state.vectors, kinks=widths, solver=state.solver)
     kept = ("k", "cost", "seconds", "noise", "agreement")
-    return replace(fresh, **{name: getattr(state, name) for name in kept})
+    fresh = replace(fresh, **{name: getattr(state, name) for name in kept})
+    return replace(fresh, failures=min(state.failures, 1))  # failed since g had kinks
 
 
 def _seen(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> list[Tensor | None]:
+    """z of each kink."""
     with Seen() as seen, torch.enable_grad():
         oracle.look("inner", x.detach(), y.detach().requires_grad_(), draw)
     return seen.kinks
+
+
+def _own(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> list[Tensor | None]:
+    """The same of the kinks of the loss itself, in whose values it is affine; None of others."""
+    y = y.detach().requires_grad_()
+    with Seen() as seen, torch.enable_grad():
+        loss = oracle.look("inner", x.detach(), y, draw)
+
+    def affine(value: Tensor) -> bool:
+        try:
+            (slope,) = grad(loss, (value,), create_graph=True, allow_unused=True)
+            if slope is None or not slope.requires_grad:
+                return slope is not None
+            along = everywhere(slope).view_as(slope)
+            (bend,) = grad(slope, (y,), along, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # there may be no second derivative
+            return False
+        return bend is None or not bool(bend.any())
+
+    pairs = zip(seen.kinks, seen.values, strict=True)
+    return [z if z is not None and affine(value) else None for z, value in pairs]
+
+
+def _lowest(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+    """y - t g_y, to where g is lowest along -g_y if g_yy is right."""
+    pull = oracle.record(x, y, draw)
+    gy = pull.gradient
+    bend = torch.dot(gy, pull.product(gy)).abs()
+    return y - torch.where(bend > 0, torch.dot(gy, gy) / bend, 0.0) * gy
 
 
 def _together(here: list[Tensor | None], there: list[Tensor | None]) -> list[Tensor]:
@@ -116,6 +153,12 @@ def _passed(z: Tensor) -> bool:
 
 def _two_sided(z: Tensor) -> bool:
     return bool((z > 0).any() and (z <= 0).any())
+
+
+def _scale(z: Tensor) -> float:
+    """The mean |z|, of which gross outliers are not to be the most."""
+    sizes = z.abs().flatten()
+    return min(float(sizes.mean()), GROSS * float(sizes[sizes > 0].nanquantile(0.5)))
 
 
 def _misses(oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw) -> bool:

@@ -19,26 +19,29 @@ class Seen(TorchFunctionMode):
     Attributes:
         kinks: z of each |z| that a loss comes to, in their order, shape (..., m): of vectors of m
             numbers, or of numbers, m = 1; None where it requires no gradient.
+        values: of the function that each belongs to.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kinks: list[Tensor | None] = []
+        self.values: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if rule := _rule(func, args):
+        if rule := _rule(func, args, kwargs):
             with suppress(Exception):  # of other arguments, of which the function itself may tell
                 rule(self._size, *args, **kwargs)
-        return func(*args, **kwargs)
+        value = func(*args, **kwargs)
+        self.values += [value] * (len(self.kinks) - len(self.values))
+        return value
 
-    def _size(self, z: Tensor, dims: Sequence[int] = ()) -> Tensor:
+    def _size(self, z: Tensor, dims: Sequence[int] = ()) -> None:
         last = range(-len(dims), 0)
         rows = z.detach().movedim(tuple(dims), tuple(last)) if dims else z.detach()[..., None]
         self.kinks.append(rows.flatten(-max(len(dims), 1)) if z.requires_grad else None)
-        return z
 
 
 class Rounded(TorchFunctionMode):
@@ -57,14 +60,14 @@ class Rounded(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _rule(func, args)
+        rule = _rule(func, args, kwargs)
         value = rule(self._size, *args, **kwargs) if rule else None
         return func(*args, **kwargs) if value is None else value
 
-    def _size(self, z: Tensor, dims: Sequence[int] = ()) -> Tensor:
+    def _size(self, z: Tensor, dims: Sequence[int] = ()) -> Tensor | None:
         eps = next(self._widths, 0.0)
         if not eps:
-            return torch.linalg.vector_norm(z, dim=dims, keepdim=True) if dims else z.abs()
+            return None
         square = z.square().sum(tuple(dims), keepdim=True) if dims else z.square()
         return (square + eps**2).sqrt()
 
@@ -81,20 +84,23 @@ def rounded(loss: Callable[..., Tensor], widths: Sequence[float]) -> Callable[..
     return evaluate
 
 
-Size = Callable[..., Tensor]  # |z|, or what takes its place; of vectors in some dimensions
+# what takes the place of |z|, of vectors in some dimensions, which are kept; None: nothing does
+Size = Callable[..., Tensor | None]
 
 
-def _above(size: Size, a: Any, b: Any) -> Any:
+def _above(size: Size, a: Any, b: Any) -> Tensor:
     """max(a, b)."""
-    return (a + b + size(a - b)) / 2
+    z = size(a - b)
+    return torch.clamp(a, min=b) if z is None else (a + b + z) / 2
 
 
-def _below(size: Size, a: Any, b: Any) -> Any:
+def _below(size: Size, a: Any, b: Any) -> Tensor:
     """min(a, b)."""
-    return (a + b - size(a - b)) / 2
+    z = size(a - b)
+    return torch.clamp(a, max=b) if z is None else (a + b - z) / 2
 
 
-def _abs(size: Size, input: Tensor) -> Tensor:
+def _abs(size: Size, input: Tensor) -> Tensor | None:
     return size(input)
 
 
@@ -106,7 +112,8 @@ def _leaky_relu(
     size: Size, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> Tensor | None:
     a = negative_slope
-    return None if inplace else ((1 + a) * input + (1 - a) * size(input)) / 2
+    z = None if inplace else size(input)
+    return None if z is None else ((1 + a) * input + (1 - a) * z) / 2
 
 
 def _maximum(size: Size, input: Tensor, other: Any = None, **others: Any) -> Tensor | None:
@@ -131,10 +138,10 @@ def _clamp_max(size: Size, input: Tensor, max: Any) -> Tensor:
 def _l1_loss(
     size: Size, input: Tensor, target: Tensor, *more: Any, reduction: str = "mean", **others: Any
 ) -> Tensor | None:
-    if _given(more, others):
-        return None
-    each = size(input - target)
-    return each if reduction == "none" else getattr(each, reduction)()
+    each = None if _given(more, others) else size(input - target)
+    if each is None or reduction == "none":
+        return each
+    return each.mean() if reduction == "mean" else each.sum()
 
 
 def _norm(
@@ -150,8 +157,10 @@ def _norm(
         return None
     dims = range(input.dim()) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     dims = tuple(d % max(input.dim(), 1) for d in dims)
-    each = size(input).sum(dims, keepdim=True) if p == 1 else size(input, dims)
-    return each if keepdim else each.sum(dims)
+    each = size(input) if p == 1 else size(input, dims)
+    if each is None:
+        return None
+    return each.sum(dims, keepdim=keepdim) if p == 1 or not keepdim else each
 
 
 def _vector_norm(
@@ -192,8 +201,10 @@ RULES: dict[str, Callable[..., Tensor | None]] = {
     "relu": _relu,
     "leaky_relu": _leaky_relu,
     "maximum": _maximum,
+    "fmax": _maximum,
     "max": _maximum,
     "minimum": _minimum,
+    "fmin": _minimum,
     "min": _minimum,
     "clamp": _clamp,
     "clip": _clamp,
@@ -206,7 +217,10 @@ RULES: dict[str, Callable[..., Tensor | None]] = {
 }
 
 
-def _rule(func: Any, args: tuple[Any, ...]) -> Callable[..., Tensor | None] | None:
+def _rule(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Tensor | None] | None:
     """Of one of torch's functions of real numbers."""
-    real = bool(args) and isinstance(args[0], Tensor) and args[0].is_floating_point()
+    first = next(iter((*args, *kwargs.values())), None)
+    real = isinstance(first, Tensor) and first.is_floating_point()
     return RULES.get(getattr(func, "__name__", "")) if real else None

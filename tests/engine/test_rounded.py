@@ -39,6 +39,7 @@ def above(a, b):
 KINKED = {
     "z.abs()": (lambda z: z.abs(), size),
     "torch.abs(z)": (torch.abs, size),
+    "torch.abs(input=z)": (lambda z: torch.abs(input=z), size),
     "abs(z)": (abs, size),
     "absolute": (torch.absolute, size),
     "F.relu": (F.relu, lambda z: above(z, 0)),
@@ -52,6 +53,8 @@ KINKED = {
     "clamp_min": (lambda z: z.clamp_min(0), lambda z: above(z, 0)),
     "clamp_max": (lambda z: z.clamp_max(0), lambda z: -above(-z, 0)),
     "maximum": (lambda z: torch.maximum(z, B), lambda z: above(z, B)),
+    "fmax": (lambda z: torch.fmax(z, B), lambda z: above(z, B)),
+    "fmin": (lambda z: torch.fmin(z, B), lambda z: -above(-z, -B)),
     "max(z, b)": (lambda z: torch.max(z, B), lambda z: above(z, B)),
     "minimum": (lambda z: torch.minimum(z, B), lambda z: -above(-z, -B)),
     "min(z, b)": (lambda z: torch.min(z, B), lambda z: -above(-z, -B)),
@@ -260,7 +263,7 @@ def test_nothing_is_rounded_where_second_derivatives_tell(name):
     (looked, said), (plain, _) = results
     assert looked.state.kinks == () and not said
     assert torch.equal(looked.x, plain.x) and torch.equal(looked.y, plain.y)
-    if name != "seen":  # without a gradient
+    if name in ("no kink", "of x alone"):  # without a gradient
         assert looked.history[-1].gradients == plain.history[-1].gradients
 
 
@@ -413,14 +416,59 @@ def kinked(x, y):
         ([1.1, 1.0], [-1.1, 1.0], False),  # 2.2 of 4.2
     ],
 )
-def test_how_much_second_derivatives_may_miss(start, end, found):
-    widths, oracle = look(kinked, start, end)
-    expected = kinks.SHARE * sum(map(abs, start + end)) / 4
+def test_how_much_second_derivatives_may_miss(start, end, found, monkeypatch):
+    monkeypatch.setattr(kinks, "_lowest", lambda oracle, x, y, draw: y)  # no other way
+    widths, _ = look(kinked, start, end)
+    expected = kinks.SHARE * sum(map(abs, end)) / 2
     assert widths == ((pytest.approx(expected),) if found else None)
-    cost = oracle.cost  # two gradients and a product to tell, one each to see that it bears it
-    passed = (start[0] > 0) != (end[0] > 0)
-    assert (cost.gradients, cost.hessian_products) == (passed * 2 + found, passed + found)
-    assert cost.loss_evaluations == 2
+
+
+def test_where_y_has_hardly_moved_the_way_that_g_yy_says_tells():
+    """From y = 1/2 with g_y = y + sign(y) to -1: g_yy misses 2 of 3.5; from 3/2 to -1 2 of 4.5."""
+    way = [0.5, 0.5], [0.5, 0.5]
+    widths, oracle = look(kinked, *way)
+    assert widths == (pytest.approx(kinks.SHARE / 2),)
+    # y and two ends; of one the gradient, of y itself twice, and of the rounded loss
+    cost = oracle.cost
+    assert (cost.loss_evaluations, cost.gradients, cost.hessian_products) == (3, 4, 3)
+    assert look(kinked, [1.5, 1.5], [1.5, 1.5])[0] is None
+
+    def flat(x, y):  # as far as g_yy says, for ever
+        return y.abs().sum() + x.sum() * 0
+
+    assert look(flat, *way)[0] is None
+
+
+def test_gross_outliers_do_not_count():
+    start, end = [0.5, *range(1, 12)], [-0.1, *range(1, 12)]
+    for gross, mean in ((12.0, (0.1 + sum(range(1, 12)) + 12) / 13), (1e6, kinks.GROSS * 6)):
+        (eps,), _ = look(lambda x, y: 9 * kinked(x, y), [*start, gross], [*end, gross])
+        assert eps == pytest.approx(kinks.SHARE * mean)
+
+
+OWN = {
+    "affine": (lambda x, y: kinked(x, y), True),
+    "a maximum of lines": (
+        lambda x, y: y.square().sum() + 8 * torch.maximum(y, -2 * y).sum(),
+        True,
+    ),
+    "of a sum": (lambda x, y: y.square().sum() + 9 * (y.abs() - 0.3).relu().sum(), True),
+    "squared": (lambda x, y: y.square().sum() + 9 * y.relu().square().sum(), False),
+    "under a logarithm": (lambda x, y: y.square().sum() + 9 * (1 + y.abs()).log().sum(), False),
+    "below weights": (lambda x, y: (y[1] * y[0].relu() - 1).abs() * 9 + y.square().sum(), False),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_kinks_of_the_loss_itself(name):
+    """In whose values g is affine: no rectifier below weights, no square."""
+    inner, own = OWN[name]
+    way = [0.5, 2.0], [-0.01, 2.0]
+    found = [look(inner, *way, k=k)[0] for k in (0, 3)]
+    if name == "below weights":  # that of the sum is one
+        assert found[0] is None and (not found[1] or found[1][0] == 0.0)
+    else:
+        assert (found[0] is None) == own and bool(found[1]) == own
 
 
 def test_when_it_is_looked():
@@ -430,16 +478,21 @@ def test_when_it_is_looked():
         and look(lambda x, y: y.square().sum(), *way, k=0)[0] == ()
     )
     assert look(kinked, *way, k=1)[0] is None and look(kinked, *way, k=2)[0] is None
-    smooth = [0.5, 2.0], [0.1, 2.0]
-    assert look(kinked, *smooth, k=kinks.LAST - 1)[0] is None
-    assert look(kinked, *smooth, k=kinks.LAST)[0] == ()
+    smooth = [5.0, 2.0], [4.9, 2.0]
+
+    def seen(x, y):
+        return 9 * y.square().sum() + kinked(x, y)
+
+    assert look(seen, *smooth, k=kinks.LAST - 1)[0] is None
+    assert look(seen, *smooth, k=kinks.LAST)[0] == ()
     assert look(kinked, *way, k=kinks.LAST)[0]
 
 
 def test_a_rounded_loss_that_is_not_finite_is_not_taken():
     def inner(x, y):
-        apart = (y.abs() - torch.where(y > 0, y, -y)).sum()  # 0, unless they are rounded off
-        return kinked(x, y) + torch.where(apart == 0, 0.0, math.inf)
+        size = y.abs()
+        apart = (size - torch.where(y > 0, y, -y)).sum()  # 0, unless it is rounded off
+        return size.sum() + kinked(x, y) + torch.where(apart == 0, 0.0, math.inf)
 
     assert look(inner, [0.5, 2.0], [-0.1, 2.0])[0] == ()
 

@@ -227,6 +227,30 @@ def example_weights(
     return Case(outer, inner, torch.zeros(120), y, objective, data, local=True)
 
 
+def absolute_errors_of_network(seed: int, size: int | None = None) -> Case:
+    """A weight for each of sixty absolute errors of a network, of which fifteen are gross."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    A, B, w = draw(60, 5), draw(200, 5), draw(5)
+    a, b = (A @ w).sin() + 0.1 * draw(60), (B @ w).sin()
+    a[:15] += 4 * draw(15)
+    y = {"W1": draw(5, 16) / 5**0.5, "b1": torch.zeros(16), "W2": draw(16, 1) / 4}
+    y["b2"] = torch.zeros(1)
+    every = torch.arange(60)
+
+    def inner(x: Tensor, y: dict[str, Tensor], i: Tensor = every) -> Tensor:
+        errors = (scores(y, A[i])[:, 0] - a[i]).abs()
+        return (x[i].sigmoid() * errors).mean() + 1e-3 * squares(y)
+
+    def outer(x: Tensor, y: dict[str, Tensor]) -> Tensor:
+        return (scores(y, B)[:, 0] - b).square().mean()
+
+    def objective(x: Tensor, y: dict[str, Tensor]) -> float:
+        return float(outer(x, trained(lambda y: inner(x, y), y, 1500)))
+
+    data = {} if size is None else {"inner_data": list(every.view(-1, size))}
+    return Case(outer, inner, torch.zeros(60), y, objective, data, local=True)
+
+
 NETWORKS: dict[str, Callable[[int], Case]] = {
     "distillation into a network": network_distillation,
     "domain weights of a network": domains,
@@ -234,4 +258,6 @@ NETWORKS: dict[str, Callable[[int], Case]] = {
     "edges of a graph": edges,
     "weights of examples": example_weights,
     "weights of examples, batch 30": partial(example_weights, size=30),
+    "absolute errors of a network": absolute_errors_of_network,
+    "absolute errors of a network, batches": partial(absolute_errors_of_network, size=20),
 }

@@ -104,19 +104,22 @@ def _own(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> list[Tensor | None
     with Seen() as seen, torch.enable_grad():
         loss = oracle.look("inner", x.detach(), y, draw)
 
-    def affine(value: Tensor) -> bool:
-        try:
-            (slope,) = grad(loss, (value,), create_graph=True, allow_unused=True)
-            if slope is None or not slope.requires_grad:
-                return slope is not None
-            along = everywhere(slope).view_as(slope)
-            (bend,) = grad(slope, (y,), along, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # there may be no second derivative
-            return False
-        return bend is None or not bool(bend.any())
+    of_y = [value for z, value in zip(seen.kinks, seen.values, strict=True) if z is not None]
+    try:
+        slopes = grad(loss, of_y, create_graph=True, allow_unused=True) if of_y else ()
+        own = iter([_is_fixed(slope, y) for slope in slopes])
+    except RuntimeError:  # there may be no second derivative
+        own = iter([False] * len(of_y))
+    return [z if z is not None and next(own) else None for z in seen.kinks]
 
-    pairs = zip(seen.kinks, seen.values, strict=True)
-    return [z if z is not None and affine(value) else None for z, value in pairs]
+
+def _is_fixed(slope: Tensor | None, y: Tensor) -> bool:
+    """Whether the derivative of a loss in one of its parts is the same for all y nearby."""
+    if slope is None or not slope.requires_grad:
+        return slope is not None
+    along = everywhere(slope).view_as(slope)
+    (bend,) = grad(slope, (y,), along, retain_graph=True, allow_unused=True)
+    return bend is None or not bool(bend.any())
 
 
 def _lowest(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
@@ -157,8 +160,8 @@ def _two_sided(z: Tensor) -> bool:
 
 def _scale(z: Tensor) -> float:
     """The mean |z|, of which gross outliers are not to be the most."""
-    sizes = z.abs().flatten()
-    return min(float(sizes.mean()), GROSS * float(sizes[sizes > 0].nanquantile(0.5)))
+    sizes = z.abs().flatten().double()
+    return min(float(sizes.mean()), GROSS * float(sizes[sizes > 0].median()))
 
 
 def _misses(oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw) -> bool:

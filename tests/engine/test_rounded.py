@@ -277,8 +277,16 @@ def test_a_network_keeps_its_rectifiers():
     def outer(x, y):
         return (y(A_VAL).squeeze(1) - A_VAL @ W).square().mean()
 
-    result, said = run(outer, inner, torch.tensor(-3.0, dtype=torch.float64), net, steps=25)
+    start = torch.tensor(-3.0, dtype=torch.float64)
+    result, said = run(outer, inner, start, net, steps=25)
     assert result.state.learned.concave > 0 and result.state.kinks == () and not said
+
+    def absolute(x, y):  # but not the kinks of its loss
+        return (y(A).squeeze(1) - A @ W).abs().mean() + (x.exp() * y[2].weight.square()).sum()
+
+    result, said = run(outer, absolute, start, net, steps=25)
+    rectifier, eps = result.state.kinks
+    assert rectifier == 0.0 < eps and said
 
 
 @pytest.mark.parametrize(
@@ -519,6 +527,9 @@ def test_a_rounded_problem_begins_anew():
     assert state.k == k + 1 and state.cost.gradients > seen[k - 1].cost.gradients
     assert state.outer_last is state.inner_last is state.q is state.moments.m is None
     assert state.lengths.longest == 0.0 and state.seconds > 0
+    failed = replace(seen[k - 1], failures=4)  # as searches do at kinks: no reason to end
+    assert kinks.rounded_off(failed, (eps := 0.1,)).failures == 1
+    assert kinks.rounded_off(seen[k - 1], (eps,)).failures == 0
 
 
 def test_ranks_keep_their_kinks():

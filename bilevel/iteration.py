@@ -208,8 +208,8 @@ class Iteration:
         """By how much g may lose where y follows x: what the inner steps gained, where g is that of
         a network, which may have kinks; elsewhere steps that lose what the next gain lead nowhere.
         Nothing where nothing is known of other batches."""
-        kinks = not has_solution(h) and self.kappa > 0
-        return max(self.inner.gain, 0.0) if kinks else 0.0
+        may_lose = not has_solution(h) and self.kappa > 0
+        return max(self.inner.gain, 0.0) if may_lose else 0.0
 
     def _is_lost(self, h: Estimate) -> bool:
         """Whether x is to stay for want of a hypergradient; of a g without noise."""

@@ -14,7 +14,7 @@ from torch.autograd import grad
 from bilevel.compare import everywhere
 from bilevel.distributed import Ranks
 from bilevel.hypergradients import FiniteDifference
-from bilevel.problem import Draw, Oracle
+from bilevel.problem import Draw, Oracle, Products
 from bilevel.randomness import all_generators, restore_generators
 from bilevel.record import Record
 from bilevel.rounded import Seen
@@ -56,14 +56,17 @@ def found(oracle: Oracle, state: State, y: Tensor, draw: Draw) -> tuple[float, .
     if 0 < state.k < FIRST:
         return None
     here = _own(oracle, x, y, draw)
+    if not any(z is not None for z in here):
+        return ()
     if state.k == 0:
-        return None if any(z is not None for z in here) else ()
-    for other in (start, _lowest(oracle, x, y, draw)):
+        return None
+    pull = oracle.record(x, y, draw)
+    for other in (start, _lowest(pull, y)):
         both = _together(here, _seen(oracle, x, other, draw))
-        if any(map(_passed, both)) and _misses(oracle, x, other, y, draw):
+        if any(map(_passed, both)) and _misses(oracle, pull, x, other, y, draw):
             widths = tuple(SHARE * _scale(z[0]) if _two_sided(z) else 0.0 for z in both)
-            bears = any(widths) and _bears(oracle, x, other, y, draw, widths)
-            return widths if bears else ()
+            if any(widths):
+                return widths if _bears(oracle, x, other, y, draw, widths) else ()
     return none(state)
 
 
@@ -106,8 +109,9 @@ def _own(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> list[Tensor | None
 
     of_y = [value for z, value in zip(seen.kinks, seen.values, strict=True) if z is not None]
     try:
-        slopes = grad(loss, of_y, create_graph=True, allow_unused=True) if of_y else ()
-        own = iter([_is_fixed(slope, y) for slope in slopes])
+        with oracle.bound(x, y):
+            slopes = grad(loss, of_y, create_graph=True, allow_unused=True) if of_y else ()
+            own = iter([_is_fixed(slope, y) for slope in slopes])
     except RuntimeError:  # there may be no second derivative
         own = iter([False] * len(of_y))
     return [z if z is not None and next(own) else None for z in seen.kinks]
@@ -122,9 +126,8 @@ def _is_fixed(slope: Tensor | None, y: Tensor) -> bool:
     return bend is None or not bool(bend.any())
 
 
-def _lowest(oracle: Oracle, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+def _lowest(pull: Products, y: Tensor) -> Tensor:
     """y - t g_y, to where g is lowest along -g_y if g_yy is right."""
-    pull = oracle.record(x, y, draw)
     gy = pull.gradient
     bend = torch.dot(gy, pull.product(gy)).abs()
     return y - torch.where(bend > 0, torch.dot(gy, gy) / bend, 0.0) * gy
@@ -164,8 +167,9 @@ def _scale(z: Tensor) -> float:
     return min(float(sizes.mean()), GROSS * float(sizes[sizes > 0].median()))
 
 
-def _misses(oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw) -> bool:
-    pull = oracle.record(x, y, draw)
+def _misses(
+    oracle: Oracle, pull: Products, x: Tensor, start: Tensor, y: Tensor, draw: Draw
+) -> bool:
     change = pull.gradient - oracle.inner_gradient(x, start, draw)[1]
     missed = change - pull.product(y - start)
     return bool(torch.linalg.vector_norm(missed) > UNSEEN * torch.linalg.vector_norm(change))
@@ -174,11 +178,16 @@ def _misses(oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw) -> 
 def _bears(
     oracle: Oracle, x: Tensor, start: Tensor, y: Tensor, draw: Draw, widths: tuple[float, ...]
 ) -> bool:
-    """Whether the rounded loss has second derivatives: one whose graph is made again on the way
-    back has others there."""
-    rounded = Oracle(oracle.problem, oracle.x, oracle.y, widths)
-    rounded.cost = oracle.cost
+    """Whether the loss is itself where all widths are 0, which it is not if it calls what loses an
+    argument on the way through a mode (the weight of F.l1_loss, in torch 2.13), and has second
+    derivatives where they are not: one whose graph is made again on the way back has others."""
+    sharp, rounded = (
+        Oracle(oracle.problem, oracle.x, oracle.y, eps) for eps in ([0.0] * len(widths), widths)
+    )
+    sharp.cost = rounded.cost = oracle.cost
     try:
+        if not torch.equal(*(o.value("inner", x, y, draw) for o in (oracle, sharp))):
+            return False
         pull = rounded.record(x, y, draw)
         parts = pull.value.view(1), pull.gradient, *pull.both(y - start)
         return bool(torch.cat(parts).isfinite().all())
@@ -186,11 +195,8 @@ def _bears(
         return False
 
 
-def tell(
-    method: Method, oracle: Oracle, state: State, draw: Draw, history: list[Record], ranks: Ranks
-) -> None:
-    """Warn where kinks of g were rounded off, or inner searches have come to nothing since y is at
-    one."""
+def tell_rounded(state: State) -> None:
+    """Warn where kinks of g were rounded off."""
     if state.kinks:
         widths = ", ".join(f"{eps:.2g}" for eps in sorted(set(state.kinks)) if eps)
         warnings.warn(
@@ -202,6 +208,13 @@ def tell(
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def tell(
+    method: Method, oracle: Oracle, state: State, draw: Draw, history: list[Record], ranks: Ranks
+) -> None:
+    """Warn where inner searches have come to nothing since y is at a kink of g."""
+    if state.kinks:
         return
     searches = isinstance(method.inner_rule, Armijo) and method.inner_solver is None
     differentiates = not isinstance(method.hypergradient, FiniteDifference)

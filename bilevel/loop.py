@@ -223,6 +223,7 @@ def solve(
         bar.close()
     saver.write()
     doubts.tell(history, method.corrects)
+    kinks.tell_rounded(state)
     return Result(state.x, state.y, ended or _all_taken(state.k, steps), history, state)
 
 

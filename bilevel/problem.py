@@ -665,7 +665,6 @@ def make_oracle(problem: Problem, x: Layout, y: Layout, widths: Sequence[float] 
 
     if Ranks(y.device).size == 1:
         return made
-    made.may_stack = (
-        False  # losses may speak to each other, and must be called as often on all ranks
-    )
+    # losses may speak to each other, and must be called as often on all ranks
+    made.may_stack = False
     return AveragedOracle(made)

@@ -54,20 +54,23 @@ class Rounded(TorchFunctionMode):
 
     def __init__(self, widths: Sequence[float]) -> None:
         super().__init__()
-        self._widths = iter(widths)
+        self._widths, self._rounds = iter(widths), False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _rule(func, args, kwargs)
-        value = rule(self._size, *args, **kwargs) if rule else None
-        return func(*args, **kwargs) if value is None else value
+        value, self._rounds = None, False
+        if rule := _rule(func, args, kwargs):
+            with suppress(TypeError):  # of arguments that it does not know
+                value = rule(self._size, *args, **kwargs)
+        return func(*args, **kwargs) if value is None or not self._rounds else value
 
     def _size(self, z: Tensor, dims: Sequence[int] = ()) -> Tensor | None:
         eps = next(self._widths, 0.0)
         if not eps:
             return None
+        self._rounds = True
         square = z.square().sum(tuple(dims), keepdim=True) if dims else z.square()
         return (square + eps**2).sqrt()
 
@@ -155,7 +158,9 @@ def _norm(
     """A sum of absolute values, or the length of vectors."""
     if p not in (1, 2, "fro") or _given((), others):
         return None
-    dims = range(input.dim()) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    dims = (
+        range(input.dim()) if dim in (None, ()) else (dim,) if isinstance(dim, int) else tuple(dim)
+    )
     dims = tuple(d % max(input.dim(), 1) for d in dims)
     each = size(input) if p == 1 else size(input, dims)
     if each is None:
@@ -186,12 +191,15 @@ def _linalg_norm(
     if isinstance(dim, int):
         dim = (dim,)
     vectors = ord is None or (A.dim() if dim is None else len(dim)) == 1
-    return _norm(size, A, ord or 2, dim, keepdim, **others) if vectors else None
+    p = 2 if ord is None else ord
+    return _norm(size, A, p, dim, keepdim, **others) if vectors else None
 
 
 def _given(args: Sequence[Any], others: dict[str, Any]) -> list[Any]:
     """Arguments that are other than by default."""
-    return [value for value in (*args, *others.values()) if value not in (None, False)]
+    return [
+        value for value in (*args, *others.values()) if value is not None and value is not False
+    ]
 
 
 # by the names of torch's functions, however they are called

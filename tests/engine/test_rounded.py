@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bilevel
 from bilevel import kinks
+from bilevel.noise import Agreement, Noise
 from bilevel.problem import Draw, Oracle, Problem
 from bilevel.rounded import RULES, Rounded, Seen, rounded
 from tests.engine.test_inner_kinks import A_VAL, A, W, hinge, lasso, oracle_of, shrunk
@@ -70,6 +71,7 @@ KINKED = {
         lambda z: size(z.outer(C)).sum(1, keepdim=True),
     ),
     "z.norm()": (lambda z: z.norm(), length),
+    "of no dimension": (lambda z: torch.linalg.vector_norm(z, dim=()), length),
     "Frobenius": (lambda z: torch.linalg.norm(z.outer(C)), lambda z: length(z.outer(C))),
     "of rows": (lambda z: (z.outer(C) - 1).norm(dim=1), lambda z: length(z.outer(C) - 1, 1)),
     "torch.norm of columns": (
@@ -104,7 +106,7 @@ def test_what_a_kink_becomes(name):
     torch.testing.assert_close(of_value, of_formula)
     assert of_formula.diagonal().abs().min() > 0
     torch.testing.assert_close(value(Z, 1e-9), plain(Z), rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(value(Z, 0.0), plain(Z), rtol=1e-14, atol=1e-14)
+    assert torch.equal(value(Z, 0.0), plain(Z))
 
 
 def test_every_rule_is_tried():
@@ -128,6 +130,9 @@ def test_every_rule_is_tried():
         lambda z: z.max(0).values,
         lambda z: z.max(dim=0, keepdim=True).values,
         lambda z: z.norm(3),
+        lambda z: torch.linalg.norm(z, ord=0),
+        lambda z: torch.linalg.norm(z, ord=-1),
+        lambda z: torch.clamp(z, 0.0, out=torch.empty(7, dtype=torch.float64)),
         lambda z: torch.linalg.norm(z.outer(C), ord=1),  # the largest of columns
         lambda z: torch.linalg.norm(z.outer(C), 2),  # the largest singular value
         lambda z: torch.linalg.norm(z.outer(C), 2, dim=(0, 1)),
@@ -143,6 +148,18 @@ def test_what_is_left_alone(plain):
     with Rounded([EPS] * 3):
         value = plain(Z)
     assert torch.equal(value, plain(Z))
+
+
+def test_a_sharp_kink_is_the_function_itself():
+    """Also its derivative at the kink, and beside infinite bounds."""
+    z = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    for plain in (torch.relu, lambda z: torch.maximum(z, 0 * z), lambda z: z.clamp(-1e300, 1.0)):
+        with Rounded([0.0, 0.0]):
+            value = plain(z).sum()
+        (found,), (own,) = (torch.autograd.grad(v, z) for v in (value, plain(z).sum()))
+        assert torch.equal(found, own)
+    with Rounded([0.0, EPS]):
+        assert torch.isfinite(Z.clamp(-math.inf, 0.5)).all()
 
 
 def test_each_kink_has_its_width():
@@ -313,7 +330,13 @@ def by_rows(x, y):
     return (A @ (y - W) - 1).square().mean() / 2 + torch.func.vmap(torch.abs)(y).sum() * x.exp()
 
 
-@pytest.mark.parametrize("inner", [in_pieces, by_rows])
+def weighted(x, y):
+    """Whose weight torch loses in a mode."""
+    fit = (A @ (y - W) - 1).square().mean() / 2
+    return fit + x.exp() * F.l1_loss(y, 0 * y, reduction="sum", weight=torch.full_like(y, 2.0))
+
+
+@pytest.mark.parametrize("inner", [in_pieces, by_rows, weighted])
 def test_a_loss_that_does_not_bear_it_keeps_its_kinks(inner):
     outer, _, x, y = lasso(False)
     result, said = run(outer, inner, x[0], y, steps=30)
@@ -351,6 +374,57 @@ def test_a_loss_that_fails_in_a_look_ends_the_run(monkeypatch):
         else:
             reason = run(outer, inner, x, y)[0].reason
             assert reason == f"stopped at iteration {k}: MemoryError: no more"
+
+
+def test_a_run_that_ends_early_says_so():
+    def stop(state, record):
+        if state.k == 12:
+            raise KeyboardInterrupt
+
+    result, said = run(*lasso(False), callback=stop)
+    assert "interrupted" in result.reason and result.state.kinks and len(said) == 1
+
+
+def test_no_look_where_numbers_are_not_sound(monkeypatch):
+    looks = []
+    monkeypatch.setattr(kinks, "found", lambda *args: looks.append(args))
+
+    def inner(x, y):
+        return lasso(False)[1](x, y)
+
+    def outer(x, y):
+        outer.calls += 1
+        return lasso(False)[0](x, y) * (1 if outer.calls < 3 else math.nan)
+
+    outer.calls = 0
+    problem, method = Problem(outer, inner), bilevel.bisls()
+    _, _, x, y = lasso(False)
+    _, record = method.step(problem, method.init(x, y), None, 2)
+    assert record.failure is None or not looks
+    outer.calls = 3
+    state, record = method.step(problem, method.init(x, y), None, 2)
+    assert record.failure and state.kinks is None and len(looks) <= 1
+
+
+def test_ranks_do_not_look(monkeypatch):
+    monkeypatch.setattr(Oracle, "may_round", False)
+    result, said = run(*lasso(False), steps=12)
+    assert result.state.kinks == () and not said
+
+
+def test_groups_are_found():
+    """A group of features that turns; one that only shrinks has no kink on its way."""
+
+    def inner(x, y):
+        return y.square().sum() / 2 + x.sum() * 0 + y.view(2, 2).norm(dim=1).sum()
+
+    turned, shorter = [0.3, 0.4, 2.0, 1.0], [0.6, 0.8, 2.0, 1.0]
+    (eps,), _ = look(inner, turned, [-0.03, -0.04, 2.0, 1.0])
+    assert eps == pytest.approx(kinks.SHARE * (0.05 + 5**0.5) / 2)
+    assert (
+        look(lambda x, y: 9 * y.square().sum() + inner(x, y), shorter, [0.3, 0.4, 2.0, 1.0])[0]
+        is None
+    )
 
 
 def test_a_look_draws_nothing():
@@ -425,7 +499,7 @@ def kinked(x, y):
     ],
 )
 def test_how_much_second_derivatives_may_miss(start, end, found, monkeypatch):
-    monkeypatch.setattr(kinks, "_lowest", lambda oracle, x, y, draw: y)  # no other way
+    monkeypatch.setattr(kinks, "_lowest", lambda pull, y: y)  # no other way
     widths, _ = look(kinked, start, end)
     expected = kinks.SHARE * sum(map(abs, end)) / 2
     assert widths == ((pytest.approx(expected),) if found else None)
@@ -436,9 +510,9 @@ def test_where_y_has_hardly_moved_the_way_that_g_yy_says_tells():
     way = [0.5, 0.5], [0.5, 0.5]
     widths, oracle = look(kinked, *way)
     assert widths == (pytest.approx(kinks.SHARE / 2),)
-    # y and two ends; of one the gradient, of y itself twice, and of the rounded loss
+    # y and two ends, the loss and itself in a mode; gradients of y, an end, and the rounded loss
     cost = oracle.cost
-    assert (cost.loss_evaluations, cost.gradients, cost.hessian_products) == (3, 4, 3)
+    assert (cost.loss_evaluations, cost.gradients, cost.hessian_products) == (5, 3, 3)
     assert look(kinked, [1.5, 1.5], [1.5, 1.5])[0] is None
 
     def flat(x, y):  # as far as g_yy says, for ever
@@ -527,6 +601,11 @@ def test_a_rounded_problem_begins_anew():
     assert state.k == k + 1 and state.cost.gradients > seen[k - 1].cost.gradients
     assert state.outer_last is state.inner_last is state.q is state.moments.m is None
     assert state.lengths.longest == 0.0 and state.seconds > 0
+    kept = replace(
+        seen[k - 1], solver="theirs", noise=Noise(2, 0.1, 3), agreement=Agreement(2, 0.1, 0.2)
+    )
+    new = kinks.rounded_off(kept, (0.1,))
+    assert (new.solver, new.noise, new.agreement) == (kept.solver, kept.noise, kept.agreement)
     failed = replace(seen[k - 1], failures=4)  # as searches do at kinks: no reason to end
     assert kinks.rounded_off(failed, (eps := 0.1,)).failures == 1
     assert kinks.rounded_off(seen[k - 1], (eps,)).failures == 0

@@ -67,11 +67,6 @@ def found(oracle: Oracle, state: State, y: Tensor, draw: Draw) -> tuple[float, .
             widths = tuple(SHARE * _scale(z[0]) if _two_sided(z) else 0.0 for z in both)
             if any(widths):
                 return widths if _bears(oracle, x, other, y, draw, widths) else ()
-    return none(state)
-
-
-def none(state: State) -> tuple[float, ...] | None:
-    """None are to be rounded off so far."""
     return () if state.k >= LAST else None
 
 

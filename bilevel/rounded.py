@@ -158,10 +158,10 @@ def _norm(
     """A sum of absolute values, or the length of vectors."""
     if p not in (1, 2, "fro") or _given((), others):
         return None
-    dims = (
-        range(input.dim()) if dim in (None, ()) else (dim,) if isinstance(dim, int) else tuple(dim)
-    )
-    dims = tuple(d % max(input.dim(), 1) for d in dims)
+    if dim is None or dim == ():
+        dim = range(input.dim())
+    several = (dim,) if isinstance(dim, int) else dim
+    dims = tuple(d % max(input.dim(), 1) for d in several)
     each = size(input) if p == 1 else size(input, dims)
     if each is None:
         return None
@@ -229,6 +229,8 @@ def _rule(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[..., Tensor | None] | None:
     """Of one of torch's functions of real numbers."""
+    rule = RULES.get(getattr(func, "__name__", ""))
+    if rule is None:
+        return None
     first = next(iter((*args, *kwargs.values())), None)
-    real = isinstance(first, Tensor) and first.is_floating_point()
-    return RULES.get(getattr(func, "__name__", "")) if real else None
+    return rule if isinstance(first, Tensor) and first.is_floating_point() else None

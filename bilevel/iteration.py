@@ -121,6 +121,12 @@ class Iteration:
         return self.method.is_quiet(self.still, self.batches.alone)
 
     @property
+    def judge(self) -> Draw:
+        """On which y + s has to be better: another batch than those of the system; all of them
+        where nothing has noise."""
+        return self.oracle.joint(self.batches.hessian) if self.quiet else self.draws[0]
+
+    @property
     def kappa(self) -> float:
         batches = self.batches
         return 1.0 if batches.alone else self.state.agreement.kappa(batches.many)
@@ -150,12 +156,10 @@ class Iteration:
         step like the last one gains."""
         state, heading = self.state, self._heading(h)
         for _ in range(0 if state.outer_last is None else WAITS):
-            if not has_solution(h):
-                break
             gain = (heading.last or 0.0) * torch.dot(h.grad, heading.d).abs()
-            if not bool(is_behind(h.lag, h.lag, gain)):
+            if h.lag is None or not bool(is_behind(h.lag, h.lag, gain)):
                 break
-            nearer, learned = corrected(self.oracle, state.vectors[0], y, h, self.draws[0])
+            nearer, learned = corrected(self.oracle, state.vectors[0], y, h, self.judge)
             h.learned.append(learned)
             if nearer is y:
                 break
@@ -264,12 +268,12 @@ class Iteration:
         gain = float(move.size) * abs(n.slope)
         behind = found.lost or waits or is_behind(n.here, n.there, gain)
         # where nothing has noise, the next iteration begins with that
-        at_once = waits or found.lost or not (self.quiet and has_solution(h))
+        at_once = waits or found.lost or not self.quiet
         if method.follows and behind and at_once and not move.failed:
             if waits or stays:
                 move = Move(0.0, state.outer_last, move.trials)
                 point = found.trials.x, found.trials.y
-            y, learned = corrected(self.oracle, *point, h, self.draws[0])
+            y, learned = corrected(self.oracle, *point, h, self.judge)
             h.learned.append(learned)
             point = point[0], y
         leapt = None if stays else found.leapt
@@ -284,7 +288,7 @@ class Iteration:
                 break
             there = replace(state, vectors=(x, y))
             y = inner_steps(self.method, self.oracle, there, self.draws).y
-            y, _ = corrected(self.oracle, x, y, h, self.draws[0], there=True)
+            y, _ = corrected(self.oracle, x, y, h, self.judge, there=True)
         return y
 
     def _remember(self, taken: Found, h: Estimate, n: Numbers, flattered: int) -> State:
@@ -330,7 +334,7 @@ class Iteration:
         """Over which widths the kinks of g are rounded off from now on; None: not known yet."""
         known, may = self.state.kinks, self.method.rounds and self.oracle.may_round
         if known is not None:
-            return kinks.sharper(known, self.state.k)
+            return kinks.sharper(known, self.state.k) if self.still else known
         if not may or h.newton is None or isinstance(self.method.hypergradient, FiniteDifference):
             return ()
         return kinks.found(self.oracle, self.state, self.inner.y, self.batches.hessian[0])

@@ -11,7 +11,8 @@ ALLOWED = 0.06  # excess of curvature
 LEAST_KAPPA = 0.8  # kappa that outer batches are averaged for
 MOST = 8  # batches
 LOOKS_BACK = 16  # iterations that the mean looks back
-BOUND = 2 * ALLOWED * MOST  # of s, so that no batch counts for more than a run of others
+BOUND = 2 * ALLOWED * MOST  # of -s, so that no batch counts for more than a run of others
+SKEWED = 4  # times that of s, whose mean is that of a few large values where curvature is patchy
 
 
 class Noise(NamedTuple):
@@ -39,7 +40,7 @@ class Noise(NamedTuple):
     def add(self, excess: Any, batches: Any) -> Noise:
         """With <q, H' q> / <q, H q> - 1 of a q of so many batches; NaN where it is not known."""
         known = excess == excess
-        s = clamp(batches * excess, -BOUND, BOUND)
+        s = clamp(batches * excess, -BOUND, SKEWED * BOUND)
         level = self.level + _weight(self.terms) * (s - self.level)
         return self._replace(level=where(known, level, self.level), terms=self.terms + known)
 

@@ -252,25 +252,66 @@ def test_it_is_only_where_f_changes_by_it():
     assert max(lately) <= 2 * 20 + 2  # two systems, the cross term, g_yx d
 
 
-def test_where_g_is_concave_a_fresh_y_stays():
-    def concave(x, y):
-        return ((y - x) ** 2).sum() / 2 - (y[0] - y[1]) ** 2 + 1e-3 * (y @ y) ** 2
+STIFF = t([0.05, 1.0, 10.0])
+TARGET = t([1.3, 1.2, 1.1])
 
-    start = t([1.0, 2.0, 3.0])
-    runs = [
-        bilevel.solve(
-            lambda x, y: ((y - 1) ** 2).sum(),
-            *(concave, start, t([0.2, 0.0, 0.1])),
-            method=replace(bilevel.bisls(), corrects=corrects),
-            steps=5,
-            inner_steps=1,
-            warm_start=False,
-        )
-        for corrects in (True, False)
-    ]
-    assert runs[0].state.learned.concave > CONCAVE
-    assert torch.equal(runs[0].x, runs[1].x)
-    assert runs[0].history[-1].hessian_products == runs[1].history[-1].hessian_products
+
+def wells(x, y):
+    return (STIFF * (y * y - 1) ** 2).sum() / 4 - x @ y
+
+
+def missed(x, y):
+    return ((y - TARGET) ** 2).sum() + 1e-3 * (x @ x)
+
+
+def right_well(x):
+    """y* on the side where the wells' y starts, by Newton's method."""
+    y = torch.ones_like(x)
+    for _ in range(100):
+        y = y - (STIFF * (y**3 - y) - x) / (STIFF * (3 * y * y - 1))
+    return y
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3, 10])
+@pytest.mark.parametrize(("warm_start", "enough"), [(False, 0.01), (True, 0.006)])
+def test_y_is_brought_nearer_where_g_is_concave_as_well(warm_start, enough, inner_steps):
+    """y starts on the ridge between two wells. Left as far as the inner steps bring it, it ended at
+    2.1 to 2.7 where it starts afresh, F rising from 0.05; corrected after a step only, at 0.046
+    (one inner step)."""
+    result = bilevel.solve(
+        *(missed, wells, t([0.0, 0.0, 0.0]), t([0.3, 0.2, 0.4])),
+        steps=30,
+        inner_steps=inner_steps,
+        warm_start=warm_start,
+    )
+    F = float(missed(result.x, right_well(result.x)))
+    assert result.history[-1].lag is None or warm_start, "concave on y's way from its start"
+    assert F < enough
+    assert result.history[-1].outer_loss == pytest.approx(F, rel=0.1)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_correction_is_judged_by_all_of_g_where_that_can_be(noisy, monkeypatch):
+    """One of three batches alone would take what is worse for the others, and refuse what serves
+    them; where there are more than the system has, one of another kind judges."""
+    judges = []
+
+    def corrected(oracle, x, y, h, judge, *, there=False):
+        judges.append(judge.count)
+        return lag.corrected(oracle, x, y, h, judge, there=there)
+
+    monkeypatch.setattr(bilevel.iteration, "corrected", corrected)
+    thirds = [t([2.0, 0.5, 0.5]), t([0.5, 2.0, 0.5]), t([0.5, 0.5, 2.0])]
+    result = bilevel.solve(
+        missed,
+        lambda x, y, third: (third * STIFF * (y * y - 1) ** 2).sum() / 4 - x @ y,
+        *(t([0.0, 0.0, 0.0]), t([0.3, 0.2, 0.4])),
+        steps=10,
+        inner_steps=2,
+        inner_data=[third.clone() for _ in range(6) for third in thirds] if noisy else thirds,
+    )
+    assert result.history[-1].hessian_batches >= 3
+    assert judges[-1] == (1 if noisy else 3)
 
 
 # -- as closely as it must be now ----------------------------------------------------------------
@@ -443,7 +484,7 @@ def test_x_stays_where_f_is_flattered_again_and_again(monkeypatch):
         result = case.solve("bisls-adam", steps=100, inner_steps=10, seed=seed, callback=look)
         return case.value(result.x, result.y), sum(stayed)
 
-    seeds = 5, 8
+    seeds = 1, 12
     stayed = [ends(seed) for seed in seeds]
     monkeypatch.setattr(lag, "FLATTERED", math.inf)
     gone = [ends(seed) for seed in seeds]

@@ -13,6 +13,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,19 +90,19 @@ def rivals() -> list[Cell]:
     ]
 
 
-def run(job: tuple[str, Cell, int]) -> dict[str, float]:
+def run(job: tuple[str, Cell, int], steps: int = STEPS) -> dict[str, float]:
     """One run; what it ends at, and what it has cost."""
     name, cell, seed = job
     torch.set_num_threads(1)
     case = EVERY[name](seed)
     if cell.method in OURS:
-        return outcome(case, cell.method, STEPS, INNER, seed)
+        return outcome(case, cell.method, steps, INNER, seed)
     if cell.method not in RIVALS:
-        return outcome(case, cell.fixed(), STEPS, INNER, seed)
+        return outcome(case, cell.fixed(), steps, INNER, seed)
     rival = RIVALS[cell.method]
-    steps = {"outer_step": cell.outer, "inner_step": cell.inner} if rival.steps else {}
-    count = STEPS * (INNER if cell.method in SINGLE_LOOP else 1)
-    ended = rival.run(case, steps=count, inner_steps=INNER, seed=seed, **steps)
+    tuned = {"outer_step": cell.outer, "inner_step": cell.inner} if rival.steps else {}
+    count = steps * (INNER if cell.method in SINGLE_LOOP else 1)
+    ended = rival.run(case, steps=count, inner_steps=INNER, seed=seed, **tuned)
     return {
         "objective": case.value(ended.x, ended.y),
         "gradients": ended.cost.gradients,
@@ -131,7 +132,7 @@ def summary(
 
 
 def contest(
-    pool: ProcessPoolExecutor, case: str, seeds: int, groups: list[list[Cell]]
+    pool: ProcessPoolExecutor, case: str, seeds: int, groups: list[list[Cell]], steps: int = STEPS
 ) -> list[dict[str, Any]]:
     """The rows of a problem: our methods, the best of each group of cells."""
 
@@ -139,7 +140,7 @@ def contest(
         jobs = [
             (case, cell, seed) for cell in cells for seed in range(first, seeds if first else 1)
         ]
-        found = list(pool.map(run, jobs))
+        found = list(pool.map(partial(run, steps=steps), jobs))
         each = len(found) // len(cells)
         return {cell: found[i * each : (i + 1) * each] for i, cell in enumerate(cells)}
 
@@ -168,6 +169,7 @@ def main(argv: list[str]) -> None:
         metavar="CELL",
         help='fixed steps to run, such as "adam 0.1 1 falling"; default: all 196',
     )
+    parser.add_argument("--steps", type=int, default=STEPS, help="outer iterations of a run")
     parser.add_argument("--no-rivals", action="store_true", help="tuned steps only")
     parser.add_argument("--name", default="contest", help="of the file that is written")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -179,6 +181,6 @@ def main(argv: list[str]) -> None:
     with ProcessPoolExecutor(options.workers) as pool:
         for case in options.cases:
             began = time.perf_counter()
-            rows += contest(pool, case, options.seeds, groups)
+            rows += contest(pool, case, options.seeds, groups, options.steps)
             write(options.name, rows)  # what is finished is kept
             print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -28,12 +28,11 @@ def test_cells_are_read_back():
 def test_contest_and_race(monkeypatch, tmp_path, capsys):
     """The best cell on seed 0 is reported, with the mean of the true objectives over the seeds."""
     monkeypatch.chdir(tmp_path)
-    for module in (contest, race):
-        monkeypatch.setattr(module, "STEPS", 4)
+    monkeypatch.setattr(race, "STEPS", 4)
     cells = [Cell("adam", 0.1, 0.1), Cell("sgd", 1e-5, 0.1), Cell("adam", 0.1, 100.0, 0.5)]
     groups = [cells, [Cell("soba", 0.1, 0.1)]]
     with Serial() as pool:
-        rows = contest.contest(pool, CASE, 2, groups)
+        rows = contest.contest(pool, CASE, 2, groups, 4)
     assert [row["method"] for row in rows] == [*contest.OURS, str(cells[0]), "soba 0.1 0.1"]
 
     def end(method, seed):

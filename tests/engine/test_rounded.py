@@ -232,6 +232,27 @@ def test_hinges_are_rounded():
     assert said and fell > 0.2
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_widths_are_halved_where_g_has_no_noise(noisy, monkeypatch):
+    """Batches see few kinks over a narrow width."""
+    monkeypatch.setattr(kinks, "EVERY", 10)
+    outer, inner, x, y = lasso(False)
+    rows = torch.arange(30).repeat(4).view(12, 10)[:, ::2]
+
+    def batch(x, y, rows):
+        return (A[rows] @ (y - W) - 1).square().mean() / 2 + (x.exp() * y.abs()).sum()
+
+    widths = []
+    options = {"steps": 45, "callback": lambda state, _: widths.append(state.kinks)}
+    if noisy:
+        run(outer, batch, x, y, inner_data=list(rows), **options)
+    else:
+        run(outer, inner, x, y, **options)
+    found = [eps for eps in widths if eps]
+    assert found[0][0] > 0
+    assert found[-1][0] == pytest.approx(found[0][0] / (1 if noisy else 2**4))
+
+
 def test_so_are_those_of_batches():
     """Of which the end of a run of sharp ones tells nothing."""
 

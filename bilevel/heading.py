@@ -41,7 +41,7 @@ def heading(method: Method, state: State, h: Estimate, free: bool) -> Heading:
     beta1 = state.lengths.memory(state.learned.exact)
     d, moments = method.direction(h.grad, state.moments, beta1)
     plain = Heading(d, state.outer_last, moments, Secants(), False)
-    if not (free and state.outer_last and _solves(h)):
+    if not (free and state.outer_last and solves(h)):
         return plain
     secants = state.secants.add(state.vectors[0], h.grad, h.value)
     if secants.trusted:
@@ -52,7 +52,7 @@ def heading(method: Method, state: State, h: Estimate, free: bool) -> Heading:
     return _back(plain, h, state.lengths.farthest, method.whole) if secants.longer > 1 else plain
 
 
-def _solves(h: Estimate) -> bool:
+def solves(h: Estimate) -> bool:
     """Whether h is the gradient of F, as far as is known: secants are of that alone."""
     return h.residual is not None and has_solution(h) and bool(h.residual <= SOLVED)
 

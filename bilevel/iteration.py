@@ -16,12 +16,13 @@ from torch import Tensor
 from bilevel import kinks
 from bilevel.average import Average
 from bilevel.drawn import Batches, Drawn, drawn
-from bilevel.heading import Heading, heading
+from bilevel.heading import Heading, heading, solves
 from bilevel.host import Numbers, numbers
 from bilevel.hypergradients import Estimate, FiniteDifference
 from bilevel.inner import Inner, inner_steps
 from bilevel.lag import (
     IN_A_ROW,
+    NEAR,
     WAITS,
     arrived,
     corrected,
@@ -153,17 +154,22 @@ class Iteration:
 
     def _refreshed(self, y: Tensor, h: Estimate) -> tuple[Tensor, Estimate, Heading]:
         """A y nearer to y*(x), and the rest there: as long as f changes by more on the way than a
-        step like the last one gains."""
+        step like the last one gains. Where secants may go by h, than ``NEAR`` of that, as long as
+        corrections halve it."""
         state, heading = self.state, self._heading(h)
+        near = NEAR if self.quiet and not state.kinks and solves(h) else 1.0
         for _ in range(0 if state.outer_last is None else WAITS):
-            gain = (heading.last or 0.0) * torch.dot(h.grad, heading.d).abs()
+            gain = near * (heading.last or 0.0) * torch.dot(h.grad, heading.d).abs()
             if h.lag is None or not bool(is_behind(h.lag, h.lag, gain)):
                 break
             nearer, learned = corrected(self.oracle, state.vectors[0], y, h, self.judge)
             h.learned.append(learned)
             if nearer is y:
                 break
-            y, h = nearer, self._hypergradient(nearer, h.q, learned)
+            lag, y = h.lag.abs(), nearer
+            h = self._hypergradient(y, h.q, learned)
+            if h.lag is not None and bool(h.lag.abs() > lag / 2):
+                near = 1.0
             heading = self._heading(h)
         return y, h, heading
 

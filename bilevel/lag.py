@@ -17,6 +17,7 @@ HALVINGS = 10  # of a first step at most
 FIRST_OFF = 0.25  # share by which g may be off at the end of a first step that needs no other look
 IN_A_ROW = 3  # iterations that go wrong, of which x stays in the last
 WAITS = 10  # iterations that x waits at most for y; corrections of one
+NEAR = 0.01  # times what a step gains, by which f may be other at y* where h is to be that of F
 FLATTERED = 2  # times what a step gains, by which f is too low where y lags
 SOLVED = 0.2  # residual of the system of q, up to which its <q, g_y> is to be trusted so far
 SETTLED = 0.1  # of what a step is to gain, by which f may still change on the way to y*

@@ -70,6 +70,8 @@ def write(name: str, rows: Sequence[dict[str, Any]], folder: str = "docs/measure
     print(table(rows))
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "arguments": sys.argv[1:], "rows": list(rows)}
+    where = ("--out", folder, f"--out={folder}")  # is no part of what was asked
+    asked = [argument for argument in sys.argv[1:] if argument not in where]
+    content = {"machine": machine(), "arguments": asked, "rows": list(rows)}
     files.write(path, (json.dumps(content, indent=1) + "\n").encode())
     print(f"\n{machine()}\nwritten to {path}")

@@ -154,11 +154,13 @@ class Iteration:
 
     def _refreshed(self, y: Tensor, h: Estimate) -> tuple[Tensor, Estimate, Heading]:
         """A y nearer to y*(x), and the rest there: as long as f changes by more on the way than a
-        step like the last one gains. Where secants may go by h, than ``NEAR`` of that, as long as
-        corrections halve it."""
+        step like the last one gains. Where h is that of F but for this, than ``NEAR`` of that, as
+        long as corrections halve it."""
         state, heading = self.state, self._heading(h)
+        if state.outer_last is None:
+            return y, h, heading
         near = NEAR if self.quiet and not state.kinks and solves(h) else 1.0
-        for _ in range(0 if state.outer_last is None else WAITS):
+        for _ in range(WAITS):
             gain = near * (heading.last or 0.0) * torch.dot(h.grad, heading.d).abs()
             if h.lag is None or not bool(is_behind(h.lag, h.lag, gain)):
                 break
@@ -168,7 +170,7 @@ class Iteration:
                 break
             lag, y = h.lag.abs(), nearer
             h = self._hypergradient(y, h.q, learned)
-            if h.lag is not None and bool(h.lag.abs() > lag / 2):
+            if near < 1 and h.lag is not None and bool(h.lag.abs() > lag / 2):
                 near = 1.0
             heading = self._heading(h)
         return y, h, heading

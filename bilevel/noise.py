@@ -11,8 +11,8 @@ ALLOWED = 0.06  # excess of curvature
 LEAST_KAPPA = 0.8  # kappa that outer batches are averaged for
 MOST = 8  # batches
 LOOKS_BACK = 16  # iterations that the mean looks back
-BOUND = 2 * ALLOWED * MOST  # of -s, so that no batch counts for more than a run of others
-SKEWED = 4  # times that of s, whose mean is that of a few large values where curvature is patchy
+BOUND = 2 * ALLOWED * MOST  # of a negative s: no batch counts for more than a run of others
+SKEWED = 4  # times as far may a positive one go: patchy curvature shows in a few large values
 
 
 class Noise(NamedTuple):

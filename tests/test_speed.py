@@ -1,12 +1,13 @@
 """The benchmarks of speed run, in the small."""
 
 import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import growth, hypergradients, memory, peers, reuse, small
+from benchmarks import growth, hypergradients, memory, peers, report, reuse, small
 
 
 def rows(path):
@@ -22,9 +23,21 @@ def test_hypergradients(monkeypatch, tmp_path):
     hypergradients.main([*options, "--out", str(tmp_path)])
     found = {row["method"]: row for row in rows(tmp_path / "hypergradients-cpu.json")}
     assert found["bilevel ConjugateGradient"]["error"] < 1e-2
+    close = {name: row for name, row in found.items() if name.endswith("products")}
+    assert len(close) == 1
+    assert all(row["error"] <= found["bilevel Neumann"]["error"] for row in close.values())
     assert set(peers.PEERS) < set(found)
     for name in peers.PEERS:  # measured, or how to install it
         assert found[name]["error"] != "-" or found[name]["note"]
+
+
+@pytest.mark.parametrize("given", [["--out", "{}"], ["--out={}"]])
+def test_what_is_kept_does_not_say_where_it_was_written(given, monkeypatch, tmp_path):
+    out = [argument.format(tmp_path) for argument in given]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "growth", "--repeats", "2", *out])
+    report.write("found", [{"ms": 1.0}], str(tmp_path))
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert kept["arguments"] == ["growth", "--repeats", "2"]
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):

@@ -493,7 +493,8 @@ def test_f_is_flattered_where_it_is_lower_than_at_the_solution():
 
 
 def test_x_stays_where_f_is_flattered_again_and_again(monkeypatch):
-    """Noise of e^5 on the inputs lets y hardly move: f falls so, and F rises."""
+    """Noise of e^5 on the inputs lets y hardly move: f falls so, and F rises, on the two seeds of
+    fourteen that this is most about (on all: 0.385, and 0.406 where x never stays)."""
 
     def ends(seed):
         case, stayed = input_noise(seed), []
